@@ -1,4 +1,4 @@
-"""Fixtures for every suite, and the watch: a mount, loop device or process left behind fails the run."""
+"""Fixtures for every suite. A mount, loop device or process that a test leaves behind fails the run."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from tests.support import transport as transports
 from tests.support.system import run
 
 transport = transports.transport
-ROOTS_FIXTURES = {"ext3", "parts"}
-"""Fixtures that skip for all others whatever asks for them."""
-_before = pytest.StashKey[str]()
+ROOT_FIXTURES = {"ext3", "parts"}
+"""Fixtures that skip the test unless root runs it."""
+_old_io_uring = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the kernel offer FUSE over io_uring while the tests run."""
+    """Let the kernel offer FUSE over io_uring while the tests run."""
     if not hasattr(config, "workerinput"):
-        config.stash[_before] = transports.turn("Y")
+        config.stash[_old_io_uring] = transports.set_io_uring("Y")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave that as it was."""
+    """Restore the kernel's old setting."""
     if not hasattr(config, "workerinput"):
-        transports.turn(config.stash.get(_before, ""))
+        transports.set_io_uring(config.stash.get(_old_io_uring, ""))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what only root can run: by needs_root, or by a fixture that is root's."""
+    """Mark the tests that need root, because of needs_root or a fixture, and choose the nightly ones."""
     for item in items:
         needs = any(mark is system.needs_root.mark for mark in item.iter_markers("skipif"))
-        if needs or not ROOTS_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+        if needs or not ROOT_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.root)
-    by_day.leave_to_the_night(items)
+    by_day.mark_nightly_combinations(items)
 
 
 def pytest_report_header() -> str:
-    """Say what daemons use."""
-    return f"requests by {' and '.join(transports.ways())}; {transports.SWITCH} is on during the run"
+    """Return a line about the transports that daemons use."""
+    names = " and ".join(transports.available_transports())
+    return f"FUSE requests by {names}; {transports.SWITCH} is on during the run"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[guard.Guard]:
-    """Isolate the run, mark its processes, and look at the end whether anything is left."""
+    """Isolate the run, mark its processes, and check at the end that nothing is left."""
     mark = guard.mark_run()
     base = tmp_path_factory.getbasetemp()
     system.isolate(base)
@@ -62,7 +63,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[guard.Gua
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(surroundings: guard.Guard) -> Iterator[None]:
-    """Each test must take away what it mounted and started; the one that does not is named."""
+    """Fail a test that leaves a mount, loop device or process behind."""
     watch = guard.Guard(surroundings.mark, surroundings.below)
     yield
     left = watch.left_behind()
@@ -71,7 +72,7 @@ def nothing_left_behind(surroundings: guard.Guard) -> Iterator[None]:
 
 @pytest.fixture
 def as_nobody() -> Callable[..., object]:
-    """Run a command as the user nobody, without privileges; its result as subprocess.run gives it."""
+    """Return a function that runs a command as nobody, without privileges, as subprocess.run does."""
 
     def call(*command: str | os.PathLike[str], **more: object) -> object:
         return run(*system.as_nobody_prefix(), *command, **more)  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ def as_nobody() -> Callable[..., object]:
 
 @pytest.fixture
 def nobody_path() -> Iterator[Path]:
-    """A directory that belongs to nobody and that nobody can reach (pytest's own are root's alone)."""
+    """A directory of nobody's. Only root can access pytest's own directories."""
     made = Path(tempfile.mkdtemp(prefix="cowfs-nobody-"))
     if os.geteuid() == 0:
         os.chown(made, system.NOBODY, system.NOBODY)
@@ -92,7 +93,7 @@ def nobody_path() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ext3(tmp_path_factory: pytest.TempPathFactory, surroundings: guard.Guard) -> Iterator[Path]:
-    """A mounted ext3 image as mke2fs makes it for a store, to hold upper directories."""
+    """The mountpoint of an ext3 image with the options of a store, for upper directories."""
     if os.geteuid() != 0:
         pytest.skip("needs root: a loop-mounted ext3")
     place = tmp_path_factory.mktemp("ext3")
@@ -109,7 +110,7 @@ def ext3(tmp_path_factory: pytest.TempPathFactory, surroundings: guard.Guard) ->
 
 @pytest.fixture
 def many(tmp_path: Path) -> Iterator[None]:
-    """Let nobody give out some users and groups."""
+    """Give nobody some subordinate user and group IDs."""
     if shutil.which("newuidmap") is None:
         pytest.skip("needs newuidmap (apt install uidmap)")
     given = tmp_path / "given"

@@ -16,7 +16,7 @@ from cowfs.linux.pids import wait_pid_gone
 from tests.boot.root import Root
 from tests.support.mounts import cowfs, is_mounted, mounted
 from tests.support.system import needs_fuse, needs_root, run
-from tests.support.transport import IO_URING, ways
+from tests.support.transport import IO_URING, available_transports
 
 pytestmark = [needs_root, needs_fuse]
 
@@ -41,7 +41,7 @@ def test_serves_and_outlives(root: Root, store: Path, engine: str) -> None:
     (root.root / "after").write_text("y")
     assert (root.shown / "upper/new").read_text() == "x"
     shown = json.loads(cowfs("info", root.root, "--json", check=True).stdout)
-    assert shown["transport"].startswith("io_uring" if IO_URING in ways() else "/dev/fuse")
+    assert shown["transport"].startswith("io_uring" if IO_URING in available_transports() else "/dev/fuse")
     root.stop()
     assert mount_of(root.shown) is None
     assert run("debugfs", "-R", "cat /upper/after", store).stdout == "y"

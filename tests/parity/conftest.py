@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from tests.support import transport
 
-pytest_generate_tests = transport.with_each
+pytest_generate_tests = transport.parametrize_transport

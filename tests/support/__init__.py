@@ -1,1 +1,1 @@
-"""Code that several test suites share: trees, mounts, and a check for things left behind."""
+"""Helpers that several test suites share: trees, mounts, and a check for leftover mounts and processes."""

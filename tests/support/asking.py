@@ -1,4 +1,4 @@
-"""Do what the adapter does for a union with slow lowers, without an event loop."""
+"""Serve a union with slow lowers as the FUSE adapter does, but without an event loop."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _threads = ThreadPoolExecutor(4)
 
 
 def serve(layer: SlowLayer) -> None:
-    """Let the layer answer at once from now on."""
+    """Answer the questions of *layer* in a thread from now on."""
     layer.serve(lambda _, call: _in_thread(call))
 
 
-def all_wait() -> Any:
-    """Whatever lower is opened inside counts as one that may wait for others."""
+def treat_lowers_as_slow() -> Any:
+    """Treat every lower that is opened within the block as slow."""
     return mock.patch("cowfs.lowers.may_wait", lambda fd: True)
 
 
 def answered(call: Callable[[], R]) -> R:
-    """Repeat *call* until it has all answers that it needs."""
+    """Repeat *call* until it has all the answers it needs; return its result."""
     answers = Answers(0)
     try:
         with answers.at_hand():
@@ -42,7 +42,7 @@ def _in_thread(call: Callable[[], R]) -> R:
 
 
 class Asking:
-    """A layer or a union with slow layers in it, for callers who can wait."""
+    """A proxy of a layer or union with slow layers, whose methods block until they have their answers."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

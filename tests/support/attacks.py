@@ -1,7 +1,7 @@
-"""Attacks of one user on all others on a mount: ``python attacks.py NAME MOUNT NUMBER SECONDS``.
+"""Attacks of one user on the other users of a mount: ``python attacks.py NAME MOUNT NUMBER SECONDS``.
 
-Each attack is a function of the mountpoint and the number of this attacker; it is called again and again
-until its time is over. What is refused (EMFILE, ENOSPC, …) is refused.
+Each attack is a function of the mountpoint and the number of this attacker, and is called repeatedly until
+the time is over. Errors about limits (EMFILE, ENOSPC...) are ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 BIG_FILES, FILES = 64, 2000
-"""How many of each the lower has: ``big/N`` of 1 MiB, ``files/N``."""
+"""The numbers of files in the lower: ``big/N`` of 1 MiB, and ``files/N``."""
 DEPTH = 2000
 PIECES = 6000
 TOO_MANY = {errno.EMFILE, errno.ENFILE, errno.EMLINK, errno.ENOSPC, errno.EDQUOT, errno.E2BIG}
@@ -34,7 +34,7 @@ kept: dict[str, int] = {}
 
 
 def in_threads(count: int, call: Callable[[int], object]) -> None:
-    """Call in many threads at once."""
+    """Call *call* in *count* threads at once, ignoring OSError."""
 
     def guarded(number: int) -> None:
         with suppress(OSError):
@@ -48,19 +48,19 @@ def in_threads(count: int, call: Callable[[int], object]) -> None:
 
 
 def touch(path: str, flags: int = 0) -> int:
-    """An open file of the attacker's."""
+    """Create or open a file; return its descriptor."""
     return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
 
 
 def own(at: str, number: int) -> str:
-    """This attacker's directory."""
+    """Return this attacker's directory, after creating it if needed."""
     path = f"{at}/attackers/{number}"
     os.makedirs(path, exist_ok=True)
     return path
 
 
 def once(name: str, make: Callable[[], int]) -> int:
-    """What was made at the first call."""
+    """Return the result of the first call with this *name*."""
     if name not in kept:
         kept[name] = make()
     return kept[name]
@@ -70,7 +70,7 @@ def once(name: str, make: Callable[[], int]) -> int:
 
 
 def copy_ups(at: str, number: int) -> None:
-    """Many wait for the same few large files to be copied up, and truncate them."""
+    """Let many threads wait for the copy-up of a few large files, and truncate them."""
 
     def go(thread: int) -> None:
         os.close(os.open(f"{at}/big/{(number + thread // 4 * 8) % BIG_FILES}", os.O_RDWR))
@@ -82,7 +82,7 @@ def copy_ups(at: str, number: int) -> None:
 
 
 def one_file(at: str, number: int) -> None:
-    """Everybody opens and reads one large file."""
+    """Open and read one large file in all threads."""
 
     def go(thread: int) -> None:
         fd = os.open(f"{at}/big/0", os.O_RDONLY)
@@ -94,19 +94,19 @@ def one_file(at: str, number: int) -> None:
 
 
 def absent(at: str, number: int) -> None:
-    """Lookups of names that are not there."""
+    """Look up names that do not exist."""
     for name in range(100):
         with suppress(OSError):
             os.stat(f"{at}/files/{number}-{next(counter)}-{name}")
 
 
 def parallel_absent(at: str, number: int) -> None:
-    """The same by a thousand threads."""
+    """Look up names that do not exist, in a thousand threads."""
     in_threads(125, lambda thread: absent(at, number * 1000 + thread))
 
 
 def locks(at: str, number: int) -> None:
-    """Locks of all kinds, which wait for each other."""
+    """Take locks of all kinds, which wait for each other."""
     path = f"{own(at, 0)}/locked"
 
     def go(thread: int) -> None:
@@ -121,7 +121,7 @@ def locks(at: str, number: int) -> None:
 
 
 def deep(at: str, number: int) -> None:
-    """A tree thousands deep, made, walked, renamed and removed."""
+    """Create, walk, rename and remove a tree that is thousands of levels deep."""
     top = own(at, number)
     chain = [os.open(top, os.O_RDONLY)]
     for _ in range(DEPTH):
@@ -154,7 +154,7 @@ def deep(at: str, number: int) -> None:
 
 
 def xattrs(at: str, number: int) -> None:
-    """The largest values, and many names, set and removed."""
+    """Set and remove the largest extended attributes, and many of them."""
     path = f"{own(at, number)}/file"
     fd = once("file", lambda: touch(path))
     for step in range(50):
@@ -168,7 +168,7 @@ def xattrs(at: str, number: int) -> None:
 
 
 def hard_links(at: str, number: int) -> None:
-    """Ten thousand names of one file, of which the first is removed, and again."""
+    """Create ten thousand links to a file and remove them."""
     top = own(at, number)
     os.close(touch(f"{top}/0"))
     names = 10_000
@@ -186,7 +186,7 @@ def hard_links(at: str, number: int) -> None:
 
 
 def lower_links(at: str, number: int) -> None:
-    """Hard links of the lower lose names and are written to."""
+    """Change and rename hard links of the lower."""
     for name in range(number, FILES, 8):
         with suppress(OSError):
             os.chmod(f"{at}/links/{name}", 0o600 | next(counter) & 7)
@@ -197,7 +197,7 @@ def lower_links(at: str, number: int) -> None:
 
 
 def fsyncs(at: str, number: int) -> None:
-    """Writes and syncs from many threads."""
+    """Write and sync from many threads."""
     top = own(at, number)
 
     def go(thread: int) -> None:
@@ -214,7 +214,7 @@ def fsyncs(at: str, number: int) -> None:
 
 
 def mapped(at: str, number: int) -> None:
-    """Writes through mappings."""
+    """Write through mappings."""
     fd = touch(f"{own(at, number)}/mapped")
     os.ftruncate(fd, 8 << 20)
     with mmap.mmap(fd, 8 << 20) as memory:
@@ -226,7 +226,7 @@ def mapped(at: str, number: int) -> None:
 
 
 def synchronous(at: str, number: int) -> None:
-    """O_SYNC writes."""
+    """Write with O_SYNC."""
     top = own(at, number)
 
     def go(thread: int) -> None:
@@ -239,7 +239,7 @@ def synchronous(at: str, number: int) -> None:
 
 
 def large_writes(at: str, number: int) -> None:
-    """Files of some megabytes, written, truncated and removed."""
+    """Write, truncate and remove files of some megabytes."""
     path = f"{own(at, number)}/large"
     fd = touch(path)
     with suppress(OSError):
@@ -252,7 +252,7 @@ def large_writes(at: str, number: int) -> None:
 
 
 def interrupts(at: str, number: int) -> None:
-    """Signals, all the time, while requests are made."""
+    """Interrupt requests with many signals."""
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
     try:
@@ -268,7 +268,7 @@ def interrupts(at: str, number: int) -> None:
 
 
 def opendirs(at: str, number: int) -> None:
-    """Directories are opened by the thousand, and hardly read."""
+    """Open directories thousands of times, and hardly read them."""
     fds = []
     with suppress(OSError):
         for step in range(3000):
@@ -281,7 +281,7 @@ def opendirs(at: str, number: int) -> None:
 
 
 def listings(at: str, number: int) -> None:
-    """Large directories are listed, while names come and go."""
+    """List large directories while names change."""
     name = f"{at}/attackers/{number}-{next(counter)}"
     os.close(touch(name))
     os.listdir(f"{at}/files")
@@ -290,7 +290,7 @@ def listings(at: str, number: int) -> None:
 
 
 def renames(at: str, number: int) -> None:
-    """Files and directories, also of the lower, are renamed back and forth and exchanged."""
+    """Rename and exchange files and directories, also of the lower, back and forth."""
     top = own(at, number)
     for name in ("a", "b"):
         os.close(touch(f"{top}/{name}"))
@@ -309,7 +309,7 @@ def renames(at: str, number: int) -> None:
 
 
 def strangers(at: str, number: int) -> None:
-    """Connections to where a control socket may be."""
+    """Connect to possible control sockets."""
     for place in ("/run/cowfs", f"/run/user/{os.getuid()}/cowfs"):
         for path in Path(place).glob("*") if os.access(place, os.R_OK) else ():
             with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
@@ -327,7 +327,7 @@ def strangers(at: str, number: int) -> None:
 
 
 def other_calls(at: str, number: int) -> None:
-    """ioctl, poll, fallocate, lseek and copy_file_range."""
+    """Call ioctl, poll, fallocate, lseek and copy_file_range."""
     fd = touch(f"{own(at, number)}/file")
     for place in range(0, 4 << 20, 64 << 10):
         os.pwrite(fd, b"x", place)
@@ -349,7 +349,7 @@ def other_calls(at: str, number: int) -> None:
 
 
 def pieces(at: str, number: int) -> None:
-    """A file of very many pieces is searched for holes."""
+    """Search a file of very many extents for holes."""
 
     def make() -> int:
         fd = touch(f"{own(at, number)}/pieces")
@@ -364,7 +364,7 @@ def pieces(at: str, number: int) -> None:
 
 
 def open_files(at: str, number: int) -> None:
-    """As many files as possible are open at a time."""
+    """Open as many files as possible at the same time."""
     fds = []
     with suppress(OSError):
         for name in range(FILES):
@@ -374,7 +374,7 @@ def open_files(at: str, number: int) -> None:
 
 
 def held_names(at: str, number: int) -> None:
-    """Files are removed that are held by O_PATH, of which nobody is told."""
+    """Remove files that are held with O_PATH, of which the daemon knows nothing."""
     fds = []
     with suppress(OSError):
         for _ in range(FILES):
@@ -387,13 +387,13 @@ def held_names(at: str, number: int) -> None:
 
 
 def walks(at: str, number: int) -> None:
-    """The whole tree is walked."""
+    """Walk the whole tree."""
     for _, _, _ in os.walk(at):
         pass
 
 
 def creations(at: str, number: int) -> None:
-    """Names of all kinds are made and removed."""
+    """Create and remove files of all types."""
     top = own(at, number)
     for step in range(200):
         name = f"{top}/{step}"
@@ -416,7 +416,7 @@ ATTACKS: dict[str, Callable[[str, int], None]] = {
 
 
 def main(name: str, at: str, number: int, seconds: float) -> None:
-    """Do it until the time is over; how often is told."""
+    """Run the attack until the time is over; print how often it ran."""
     end = time.monotonic() + seconds
     rounds = 0
     while time.monotonic() < end:

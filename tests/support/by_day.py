@@ -1,4 +1,4 @@
-"""Choose which combinations of parameters of tests marked ``matrix`` run only at night."""
+"""Choose the combinations of parameters that tests marked ``matrix`` run only at night."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 
-def leave_to_the_night(items: Iterable[pytest.Item]) -> None:
-    """Mark as nightly the combinations that are not needed for each value of each parameter to come once."""
+def mark_nightly_combinations(items: Iterable[pytest.Item]) -> None:
+    """Mark combinations as nightly, except as many as it takes to run every value of each parameter once."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("matrix") and not item.get_closest_marker("nightly"):
@@ -23,15 +23,15 @@ def leave_to_the_night(items: Iterable[pytest.Item]) -> None:
 
 def _values(item: pytest.Item) -> frozenset[object]:
     call = getattr(item, "callspec", None)
-    # By identity, for not all can be hashed; a parameter's values are the same objects in all combinations.
+    # By identity: not all values can be hashed, and all combinations share the same objects.
     return frozenset((name, id(value)) for name, value in call.params.items()) if call else frozenset()
 
 
 def choose(combinations: Sequence[frozenset[object]], seed: int) -> set[int]:
-    """Return the numbers of few combinations in which every value comes.
+    """Return the indexes of a few combinations that together have every value.
 
-    *seed* says where to begin: tests with the same parameters should not all run with the same combinations.
-    The processes of one run choose the same.
+    The search begins at a place that depends on *seed*, so that tests with the same parameters run different
+    combinations. All processes of a run choose the same ones.
     """
     start = seed % len(combinations)
     order = [*range(start, len(combinations)), *range(start)]

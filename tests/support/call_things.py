@@ -1,5 +1,4 @@
-"""The files that the table of calls acts on: one of each type, and directories of others. Standard library
-only."""
+"""The files for the table of calls: one of each type, and directories of others. Standard library only."""
 
 from __future__ import annotations
 
@@ -24,24 +23,24 @@ def rename(old: str, new: str, flags: int = 0) -> None:
     libc_call("renameat2", -100, os.fsencode(old), -100, os.fsencode(new), ctypes.c_uint(flags))
 
 
-def opened(path: str, flags: int, mode: int = 0o644) -> str:
+def try_open(path: str, flags: int, mode: int = 0o644) -> str:
     os.close(os.open(path, flags | os.O_NONBLOCK, mode))
     return "opened"
 
 
-def mode_of(path: str) -> str:
+def get_mode(path: str) -> str:
     info = os.lstat(path)
     links = 0 if stat.S_ISDIR(info.st_mode) else info.st_nlink
     return f"{info.st_mode:o} {info.st_uid}:{info.st_gid} {links}"
 
 
-def then_mode(path: str, change: Callable[..., None], *arguments: Any) -> str:
+def change_and_get_mode(path: str, change: Callable[..., None], *arguments: Any) -> str:
     change(path, *arguments)
-    return mode_of(path)
+    return get_mode(path)
 
 
 def make(kind: str, path: str) -> None:
-    """Make a thing of a kind."""
+    """Create a file of type *kind*."""
     if kind == "file":
         with open(path, "wb") as file:
             file.write(b"content")
@@ -58,7 +57,7 @@ def make(kind: str, path: str) -> None:
 
 
 def prepare() -> None:
-    """Make what the lines act on: one of each kind, loops, and directories of others."""
+    """Create the files for the table: one of each kind, loops of symlinks, and directories of other users."""
     os.umask(0o022)
     for kind in KINDS:
         make(kind, kind)
@@ -70,15 +69,15 @@ def prepare() -> None:
     os.symlink("d", "to d")
     os.symlink("file", "to file")
     for name in OTHERS:
-        furnish(name)
+        make_others_directory(name)
 
 
 OTHERS = {"theirs": (1000, 0o755), "closed": (0, 0o700), "sticky": (0, 0o1777), "all": (0, 0o777)}
-"""Directories, their owners and modes."""
+"""The directories of other users, with owner and mode."""
 
 
-def furnish(directory: str) -> None:
-    """Make one of these, with a file and a directory in it."""
+def make_others_directory(directory: str) -> None:
+    """Create a directory of OTHERS, with a file and a directory in it."""
     owner, mode = OTHERS[directory]
     os.mkdir(directory)
     make("file", f"{directory}/f")

@@ -1,8 +1,8 @@
-"""A table of system calls on names and files, with their results: on any filesystem, as root and as others.
+"""A table of system calls on names and files, to compare their results between filesystems.
 
-``python -m tests.support.calls DIRECTORY`` runs as root in an empty directory, which others may enter, and
-prints JSON: the result of each line of the table by what it does. Our own table, in the manner of the known
-suites for POSIX: one line is one call in one situation.
+``python -m tests.support.calls DIRECTORY`` must run as root in an empty directory that other users can enter.
+It prints JSON: the result of each line by its description. Each line is one call in one situation, as in
+other test suites for POSIX.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 
 from tests.support.call_things import (
     KINDS,
-    furnish,
+    change_and_get_mode,
+    get_mode,
     libc_call,
     make,
-    mode_of,
-    opened,
+    make_others_directory,
     prepare,
     remove,
     rename,
-    then_mode,
+    try_open,
 )
 
 NOREPLACE, EXCHANGE = 1, 2
@@ -45,7 +45,7 @@ BAD_PATHS = (
     "symlink/x", TOO_LONG, f"{TOO_LONG}/x", f"d/{TOO_LONG}", PATH_TOO_LONG + "d", "d/.", "d/..", ".", "..",
     "d", "to d", "to d/",
 )  # fmt: skip
-"""Where most calls fail, or do something odd."""
+"""Paths on which most calls fail or have an unusual result."""
 
 
 def _shown(path: str) -> str:
@@ -53,19 +53,19 @@ def _shown(path: str) -> str:
 
 
 def _one_path() -> Iterator[Line]:
-    """Every call that takes one path, on every bad path."""
+    """Yield every call that takes one path, on every bad path."""
     calls: dict[str, Callable[[str], Any]] = {
         "stat": lambda path: oct(os.stat(path).st_mode),
         "lstat": lambda path: oct(os.lstat(path).st_mode),
         "access": lambda path: libc_call("faccessat", -100, os.fsencode(path), os.R_OK, 0),
-        "open to read": lambda path: opened(path, os.O_RDONLY),
-        "open to write": lambda path: opened(path, os.O_WRONLY),
-        "open exclusively": lambda path: opened(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY),
-        "open, O_CREAT in a directory": lambda path: opened(f"{path}/", os.O_CREAT | os.O_WRONLY),
-        "open, O_DIRECTORY": lambda path: opened(path, os.O_DIRECTORY),
-        "open, O_NOFOLLOW": lambda path: opened(path, os.O_NOFOLLOW),
-        "open, O_PATH": lambda path: opened(path, os.O_PATH),
-        "open, O_TMPFILE": lambda path: opened(path, os.O_TMPFILE | os.O_RDWR),
+        "open to read": lambda path: try_open(path, os.O_RDONLY),
+        "open to write": lambda path: try_open(path, os.O_WRONLY),
+        "open exclusively": lambda path: try_open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY),
+        "open, O_CREAT in a directory": lambda path: try_open(f"{path}/", os.O_CREAT | os.O_WRONLY),
+        "open, O_DIRECTORY": lambda path: try_open(path, os.O_DIRECTORY),
+        "open, O_NOFOLLOW": lambda path: try_open(path, os.O_NOFOLLOW),
+        "open, O_PATH": lambda path: try_open(path, os.O_PATH),
+        "open, O_TMPFILE": lambda path: try_open(path, os.O_TMPFILE | os.O_RDWR),
         "truncate": lambda path: os.truncate(path, 3),
         "chmod": lambda path: os.chmod(path, 0o755),
         "chown": lambda path: os.chown(path, 0, 0),
@@ -100,31 +100,31 @@ def _one_path() -> Iterator[Line]:
 
 
 def _kinds() -> Iterator[Line]:
-    """Every call on every kind of file, and every pair of kinds renamed and linked."""
+    """Yield every call on every kind of file, and rename and link for every pair of kinds."""
     on_one: dict[str, Callable[[str], Any]] = {
-        "open to read": lambda path: opened(path, os.O_RDONLY),
-        "open to write": lambda path: opened(path, os.O_WRONLY),
-        "open, O_TRUNC": lambda path: opened(path, os.O_RDWR | os.O_TRUNC),
-        "open, O_CREAT": lambda path: opened(path, os.O_CREAT | os.O_RDWR),
-        "open, O_CREAT, O_EXCL": lambda path: opened(path, os.O_CREAT | os.O_EXCL | os.O_RDWR),
-        "open, O_CREAT, O_NOFOLLOW": lambda path: opened(path, os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR),
-        "open, O_DIRECTORY": lambda path: opened(path, os.O_DIRECTORY),
+        "open to read": lambda path: try_open(path, os.O_RDONLY),
+        "open to write": lambda path: try_open(path, os.O_WRONLY),
+        "open, O_TRUNC": lambda path: try_open(path, os.O_RDWR | os.O_TRUNC),
+        "open, O_CREAT": lambda path: try_open(path, os.O_CREAT | os.O_RDWR),
+        "open, O_CREAT, O_EXCL": lambda path: try_open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR),
+        "open, O_CREAT, O_NOFOLLOW": lambda path: try_open(path, os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR),
+        "open, O_DIRECTORY": lambda path: try_open(path, os.O_DIRECTORY),
         "truncate": lambda path: os.truncate(path, 2),
         "mkdir": os.mkdir,
         "rmdir": os.rmdir,
         "mkfifo": os.mkfifo,
         "symlink": lambda path: os.symlink("x", path),
         "readlink": os.readlink,
-        "chmod": lambda path: then_mode(path, os.chmod, 0o4711),
-        "lchown": lambda path: then_mode(path, os.lchown, 3, 4),
+        "chmod": lambda path: change_and_get_mode(path, os.chmod, 0o4711),
+        "lchown": lambda path: change_and_get_mode(path, os.lchown, 3, 4),
         "setxattr": lambda path: os.setxattr(path, "user.a", b"1", follow_symlinks=False),
         "trusted xattr": lambda path: os.setxattr(path, "trusted.a", b"1", follow_symlinks=False),
         "default acl": lambda path: os.setxattr(
             path, "system.posix_acl_default", struct.pack("<IHHiHHiHHi", 2, 1, 7, -1, 4, 5, -1, 32, 5, -1),
             follow_symlinks=False,
         ),
-        "link": lambda path: then_mode(path, partial(os.link, follow_symlinks=False), f"{path}.l"),
-        "stat": mode_of,
+        "link": lambda path: change_and_get_mode(path, partial(os.link, follow_symlinks=False), f"{path}.l"),
+        "stat": get_mode,
         "unlink": os.unlink,
     }  # fmt: skip
     for (name, call), kind in product(on_one.items(), KINDS):
@@ -150,7 +150,9 @@ def _rename_kinds(old: str, new: str, flags: int) -> Any:
         make("file", "all/new/f")
     try:
         rename("all/old", "all/new", flags)
-        return [mode_of(f"all/{name}") if os.path.lexists(f"all/{name}") else None for name in ("old", "new")]
+        return [
+            get_mode(f"all/{name}") if os.path.lexists(f"all/{name}") else None for name in ("old", "new")
+        ]
     finally:
         for name in ("all/old", "all/new"):
             remove(f"{name}/f")
@@ -168,14 +170,14 @@ def _and_back(old: str, new: str) -> None:
 
 
 def _permissions() -> Iterator[Line]:
-    """What a user may do in directories of others: as uid 1000, each line in a process of its own."""
+    """Yield calls of uid 1000 in directories of other users, each in a process of its own."""
     calls: dict[str, Callable[[str], Any]] = {
         "list": lambda path: len(os.listdir(path)),
         "stat in": lambda path: os.stat(f"{path}/f").st_size,
-        "read in": lambda path: opened(f"{path}/f", os.O_RDONLY),
-        "write in": lambda path: opened(f"{path}/f", os.O_WRONLY),
+        "read in": lambda path: try_open(f"{path}/f", os.O_RDONLY),
+        "write in": lambda path: try_open(f"{path}/f", os.O_WRONLY),
         "truncate in": lambda path: os.truncate(f"{path}/f", 7),
-        "create in": lambda path: opened(f"{path}/new", os.O_CREAT | os.O_EXCL | os.O_WRONLY),
+        "create in": lambda path: try_open(f"{path}/new", os.O_CREAT | os.O_EXCL | os.O_WRONLY),
         "remove what it made in": lambda path: os.unlink(f"{path}/new"),
         "mkdir in": lambda path: os.mkdir(f"{path}/newd"),
         "rmdir what it made in": lambda path: os.rmdir(f"{path}/newd"),
@@ -183,7 +185,7 @@ def _permissions() -> Iterator[Line]:
         "mkfifo in": lambda path: _and_away(f"{path}/p", os.mkfifo),
         "mknod in": lambda path: os.mknod(f"{path}/c", stat.S_IFCHR | 0o600, 0x103),
         "socket in": lambda path: _and_away(f"{path}/so", partial(make, "socket")),
-        "tmpfile in": lambda path: opened(path, os.O_TMPFILE | os.O_RDWR),
+        "tmpfile in": lambda path: try_open(path, os.O_TMPFILE | os.O_RDWR),
         "link in": lambda path: _and_away(f"{path}/l", partial(os.link, f"{path}/f")),
         "chmod in": lambda path: os.chmod(f"{path}/f", 0o640),
         "chmod it": lambda path: os.chmod(path, os.stat(path).st_mode & 0o7777),
@@ -230,11 +232,11 @@ def _mine(user: int) -> None:
 
 def _anew(directory: str) -> list[str]:
     found = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    told = [f"{name} {mode_of(f'{directory}/{name}')}" for name in found]
+    told = [f"{name} {get_mode(f'{directory}/{name}')}" for name in found]
     for name in found:
         remove(f"{directory}/{name}")
     remove(directory)
-    furnish(directory)
+    make_others_directory(directory)
     return told
 
 
@@ -257,7 +259,7 @@ def _as(user: int, call: Call) -> Any:
 
 
 def _descriptors() -> Iterator[Line]:
-    """Calls on open files that are not open so, on nothing, or with odd numbers."""
+    """Yield calls on descriptors, with wrong open modes, file types or numbers."""
     kinds = {
         "a file to read": ("all/f", os.O_RDONLY),
         "a file to write": ("all/f", os.O_WRONLY),
@@ -314,7 +316,7 @@ def _descriptors() -> Iterator[Line]:
 
 
 def _seek(fd: int, offset: int, how: int) -> int:
-    """Seek in a regular file: what a directory's size is, is the filesystem's own affair."""
+    """Seek in a regular file; return 0 for others, because a directory's size depends on the filesystem."""
     return os.lseek(fd, offset, how) if stat.S_ISREG(os.fstat(fd).st_mode) else 0
 
 
@@ -330,7 +332,7 @@ TABLE = (_one_path, _kinds, _descriptors, _permissions)
 
 
 def answer(call: Call) -> Any:
-    """The result of a call, or the name of its errno."""
+    """Return the result of a call, or the name of its errno."""
     try:
         result = call()
     except OSError as error:
@@ -339,7 +341,7 @@ def answer(call: Call) -> Any:
 
 
 def run(directory: str) -> dict[str, Any]:
-    """Do all lines; return the answers by what was asked. What a line leaves behind is removed."""
+    """Run all lines; return their results by description. Remove what each line leaves behind."""
     os.chdir(directory)
     prepare()
     untouched = _look()
@@ -364,7 +366,7 @@ def _clear(path: str) -> None:
 
 
 def _look() -> list[tuple[str, int, int]]:
-    """What is there, and which inodes."""
+    """Return the names, inode numbers and modes in the directories."""
     found = []
     for where in (".", "d", "all"):
         with suppress(OSError), os.scandir(where) as entries:

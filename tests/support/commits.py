@@ -1,4 +1,4 @@
-"""Commits of ``cowfs run`` that wait are a user's, on all of the machine: who runs next completes them."""
+"""Serialise tests of ``cowfs run``: the next run of the same user completes any interrupted commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def one_run_at_a_time() -> Iterator[None]:
-    """Let no test of another worker complete what is left here."""
+    """Keep tests in other worker processes from completing this test's interrupted commits."""
     lock = Path(tempfile.gettempdir()) / f"cowfs-tests-commits-{os.geteuid()}.lock"
     fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:

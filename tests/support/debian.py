@@ -1,4 +1,4 @@
-"""Debian by debootstrap: from this machine's own mirror, and with its ways to the network."""
+"""Make small Debian trees with debootstrap, with this machine's mirror and network settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["bootstrap", "environment", "mirror", "release", "surroundings"]
 
 
 def bootstrap(suite: str, tree: Path, packages: Iterable[str], *options: str) -> None:
-    """Make the tree of a small Debian with these packages, as root. It takes minutes."""
+    """Install a small Debian with these packages in *tree*. Needs root, and takes minutes."""
     partial = tree.with_name(f"{tree.name}.new")
     shutil.rmtree(partial, ignore_errors=True)
     run(
@@ -26,14 +26,14 @@ def bootstrap(suite: str, tree: Path, packages: Iterable[str], *options: str) ->
 
 
 def surroundings(tree: Path) -> list[Path]:
-    """Give a tree what this machine uses to reach its mirrors and Python's packages, as far as it has it.
+    """Copy this machine's settings for Debian mirrors and Python packages to a tree.
 
-    Returns the directories with packages that are on this machine, for the tree to see.
+    Return local directories with packages, which the tree needs too.
     """
     shutil.copy("/etc/resolv.conf", tree / "etc/resolv.conf")
     shutil.copy("/etc/hosts", tree / "etc/hosts")
     mine = Path("/usr/local/share/ca-certificates")
-    if mine.is_dir():  # ca-certificates takes them in when it is installed
+    if mine.is_dir():  # ca-certificates adds them when it is installed
         shutil.copytree(mine, tree / mine.relative_to("/"), dirs_exist_ok=True)
     proxies = [line for line in run("apt-config", "dump", "Acquire").stdout.splitlines() if "Proxy" in line]
     (tree / "etc/apt/apt.conf.d/00of-the-machine").write_text("\n".join([*proxies, ""]))
@@ -48,7 +48,7 @@ def surroundings(tree: Path) -> list[Path]:
     named = re.findall(r"(?:file://|(?<![^\s=]))(/[^\s:]+)", "\n".join(words))
     found = set()
     for path in map(Path, named):
-        # With what is beside it: an index refers to files there.
+        # Take the topmost new directory: an index refers to files beside it.
         unknown = [above for above in (*reversed(path.parents), path) if not (tree / f".{above}").exists()]
         if unknown and path.is_dir():
             found.add(unknown[0])
@@ -56,6 +56,6 @@ def surroundings(tree: Path) -> list[Path]:
 
 
 def environment() -> dict[str, str]:
-    """What programs in the tree shall have of this process's environment."""
+    """Return the environment variables that programs in the tree need."""
     wanted = re.compile(r"PIP_\w+|(?:https?|ftp|no)_proxy", re.I)
     return {name: value for name, value in os.environ.items() if wanted.fullmatch(name)}

@@ -1,6 +1,6 @@
-"""The union without FUSE: paths on top of an :class:`Overlay`, doing what the kernel's VFS would do.
+"""A union without FUSE: operations on paths in an :class:`Overlay`, as the kernel's VFS would do them.
 
-The kernel counts the references it has to each inode and gives them back later; so does this.
+Like the kernel, it counts its references to each inode, and gives them back later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.types import Attr
 from cowfs.union import Union, UnionOptions, open_union
-from tests.support.asking import Asking, all_wait, serve
+from tests.support.asking import Asking, serve, treat_lowers_as_slow
 from tests.support.tree import NOT_OURS, PRIVATE, Snapshot, group_links
 
 EXCHANGE = 2
@@ -38,12 +38,12 @@ _KINDS = {
 
 
 def failure(code: int) -> OSError:
-    """The OSError that the VFS itself would give."""
+    """Return the OSError with *code*, as the VFS would raise it."""
     return OSError(code, os.strerror(code))
 
 
 class Direct:
-    """A union opened in this process; paths are relative and their parts bytes-like strings."""
+    """A union that is opened in this process. Paths are relative to its root."""
 
     def __init__(
         self,
@@ -53,19 +53,19 @@ class Direct:
         *,
         slow: bool = False,
     ) -> None:
-        """*slow*: the lowers are such that may wait for others."""
+        """Open the union; *wrap* wraps its upper, and *slow* treats its lowers as slow."""
         self._slow = slow
         self._options = UnionOptions(lowers=tuple(lowers), store=store)
         self._wrap = wrap
         self._taken: list[Node] = []
         self.caching = True
-        """Whether the references are kept, as the kernel keeps its cache while there is memory."""
+        """Whether to keep references, as the kernel does while it has memory for its cache."""
         self.union: Union
         self.fs: Overlay
         self._open()
 
     def _open(self) -> None:
-        with all_wait() if self._slow else nullcontext():
+        with treat_lowers_as_slow() if self._slow else nullcontext():
             self.union = open_union(self._options)
         self.fs = self.union.overlay
         self.fs.upper = self._wrap(self.fs.upper)
@@ -76,38 +76,38 @@ class Direct:
             self.fs = cast(Overlay, Asking(self.fs))
 
     def close(self) -> None:
-        """Give everything back and close the union."""
+        """Give all references back and close the union."""
         self.forget()
         self.union.close()
 
     def remount(self) -> None:
-        """Close and open again. No file may be open."""
+        """Close the union and open it again. No file may be open."""
         self.close()
         self._open()
 
     def reopen(self) -> None:
-        """Open again what is closed."""
+        """Open the closed union again."""
         self._open()
 
     def crash(self) -> None:
-        """Close without giving anything back, and open again."""
+        """Close the union without giving references back, and open it again."""
         self._taken.clear()
         self.union.close()
         self._open()
 
     def forget(self) -> None:
-        """Give all references back, the deepest first, as the kernel does when it drops its caches."""
+        """Give all references back, the deepest first, like a kernel that drops its caches."""
         taken, self._taken = self._taken, []
         for node in reversed(taken):
             self.fs.forget(node, 1)
 
     def done(self) -> None:
-        """One operation is over."""
+        """End an operation: give its references back unless ``caching`` is true."""
         if not self.caching:
             self.forget()
 
     def take(self, node: Node) -> Node:
-        """Count one reference."""
+        """Count a reference to *node*; return it."""
         node.lookups += 1
         self._taken.append(node)
         return node
@@ -115,7 +115,7 @@ class Direct:
     # -- paths -------------------------------------------------------------------------------
 
     def find(self, path: str) -> Node:
-        """The node at *path*; ENOENT, ENOTDIR."""
+        """Return the node at *path*. ENOENT, ENOTDIR."""
         node = self.fs.root
         for name in filter(None, path.split("/")):
             node = self._step(node, os.fsencode(name))
@@ -130,7 +130,7 @@ class Direct:
         return self.take(found[0])
 
     def place(self, path: str) -> tuple[Node, bytes]:
-        """The parent directory's node and the last name."""
+        """Return the node of the parent directory, and the last name."""
         parent, _, name = path.rpartition("/")
         node = self.find(parent)
         if not node.is_dir:
@@ -138,14 +138,14 @@ class Direct:
         return node, os.fsencode(name)
 
     def exists(self, parent: Node, name: bytes) -> Node | None:
-        """The node under a name."""
+        """Return the node with this name; None if there is none."""
         found = self.fs.lookup(parent, name)
         return self.take(found[0]) if found else None
 
     # -- operations --------------------------------------------------------------------------
 
     def create(self, path: str, data: bytes = b"", mode: int = 0o644) -> None:
-        """A new file with *data*."""
+        """Create a file with *data*."""
         parent, name = self.place(path)
         node, _attr, file = self.fs.create(parent, name, mode, Owner(0, 0))
         self.take(node)
@@ -157,11 +157,11 @@ class Direct:
             self.fs.release_handle(handle)
 
     def open(self, path: str, flags: int) -> Handle:
-        """An open file."""
+        """Open a file; return its handle."""
         return self.fs.open(self.find(path), flags)
 
     def write(self, path: str, data: bytes, offset: int = 0, flags: int = os.O_WRONLY) -> None:
-        """Open, write, close."""
+        """Open a file, write *data* and close it."""
         handle = self.open(path, flags)
         try:
             self.fs.write(handle, data, offset)
@@ -169,7 +169,7 @@ class Direct:
             self.fs.release_handle(handle)
 
     def read(self, path: str) -> bytes:
-        """The whole content."""
+        """Return the content of a file, up to 16 MiB."""
         node = self.find(path)
         handle = self.fs.open(node, os.O_RDONLY)
         try:
@@ -207,7 +207,7 @@ class Direct:
         self.fs.rmdir(*self.place(path))
 
     def rename(self, old: str, new: str, flags: int = 0) -> None:
-        """renameat2(2); the VFS sees to it that neither is above the other."""
+        """renameat2(2). Like the VFS, this refuses to rename a directory into itself."""
         source, target = self.place(old), self.place(new)
         if self.exists(*source) is None:
             raise failure(errno.ENOENT)
@@ -231,20 +231,21 @@ class Direct:
         self.fs.removexattr(self.find(path), name)
 
     def listdir(self, path: str) -> list[str]:
-        """The names, sorted."""
+        """Return the sorted names in a directory."""
         return sorted(os.fsdecode(entry.name) for entry in self.fs.readdir(self.find(path)))
 
-    # -- looking -----------------------------------------------------------------------------
+    # -- snapshots ---------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """The merged tree, in the form of :func:`tests.support.tree.snapshot`."""
+        """Return the merged tree in the form of :func:`tests.support.tree.snapshot`."""
         result: Snapshot = {}
         self._look(self.fs.root, "", result)
         group_links(result)
         return result
 
     @property
-    def _nobody_counts(self) -> bool:
+    def _lacks_link_counts(self) -> bool:
+        """Whether a layer has no link counts of directories, as on btrfs, or is slow."""
         layers = [
             (self.fs.upper, self.fs.root.upper),
             *((self.fs.lowers[n], k) for n, k in self.fs.stack.roots),
@@ -262,8 +263,8 @@ class Direct:
                 found = self._step(node, entry.name)
                 inside += found.is_dir
                 self._look(found, f"{path}/{child}" if path else child, result)
-            # As on ext3, from the first stat; where nobody counts them (btrfs), or that may wait, it is 1.
-            assert facts["nlink"] in {2 + inside, 1 if self._nobody_counts else -1}, (
+            # The link count is right from the first stat on. It is 1 on filesystems without it, and if slow.
+            assert facts["nlink"] in {2 + inside, 1 if self._lacks_link_counts else -1}, (
                 path,
                 facts["nlink"],
                 inside,
@@ -306,7 +307,7 @@ class Direct:
 
 
 def shown_content(content: bytes) -> str:
-    """Content as a snapshot shows it."""
+    """Return *content* in the form that a snapshot has."""
     if len(content) <= 64:
         return repr(content)
     return f"{len(content)} bytes, hash {hashlib.blake2b(content, digest_size=8).hexdigest()}"

@@ -1,9 +1,8 @@
-"""A generator of situations at the edges of POSIX: each is a few things and one call, on any filesystem.
+"""Situations at the edges of POSIX, to compare filesystems: each has a few files and one call.
 
-``python -m tests.support.edges build DIRECTORY`` makes the things, a directory for each of them;
-``... run DIRECTORY`` does the calls as root and as others, and prints JSON: what each gave,
-and how it left its
-directory. In between the things can become a lower. Standard library only.
+``python -m tests.support.edges build DIRECTORY`` creates a directory with the files of each situation. ``...
+run DIRECTORY`` makes the calls as root and as other users, and prints JSON: the result of each call, and the
+content of its directory afterwards. In between, the directory can become a lower. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
-from tests.support.call_things import KINDS, libc_call, make, opened, rename
+from tests.support.call_things import KINDS, libc_call, make, rename, try_open
 from tests.support.calls import answer
 from tests.support.edges_open import ON_OPEN_FILES
 
 EVERY = (*KINDS, "full directory", "link to a file", "link to a directory", "loop", "nothing")
 USERS = {"root": (0, ()), "owner": (1000, (2000,)), "member": (1001, (2000, 2001)), "other": (1002, ())}
-"""By what each is called: its number, also its group's, and its other groups."""
+"""Users by name: the ID of the user and of its group, and other groups."""
 NOW, OMIT = (1 << 30) - 1, (1 << 30) - 2
 
 
 class Thing(NamedTuple):
-    """What is there before."""
+    """A file that exists before the call."""
 
     name: str
     kind: str = "file"
@@ -39,18 +38,18 @@ class Thing(NamedTuple):
 
 
 class Situation(NamedTuple):
-    """What is there, and what is done by whom, in the directory where it is."""
+    """Some files, a call, and its user. The call runs in the directory of the files."""
 
-    said: str
+    title: str
     things: tuple[Thing, ...]
     call: Callable[[], Any]
     user: str = "root"
     directory: tuple[int, int, int] = (0o755, 0, 0)
-    """Its mode, and to whom it belongs."""
+    """Mode, owner and group of the directory."""
 
 
 def build(thing: Thing) -> None:
-    """Make a thing in the working directory."""
+    """Create a file in the working directory."""
     name, kind = thing.name, thing.kind
     if kind == "nothing":
         return
@@ -70,12 +69,12 @@ def build(thing: Thing) -> None:
 
 
 def situations() -> Iterator[Situation]:
-    """Yield all, always in the same order."""
+    """Yield all situations, always in the same order."""
     for part in (_renames, _paths, _owners, _directories, _names, _open_files):
         yield from part()
 
 
-# --- what they are
+# --- the situations
 
 
 def _renames() -> Iterator[Situation]:
@@ -149,7 +148,7 @@ def _paths() -> Iterator[Situation]:
 
 
 def _open(flags: int, path: str) -> str:
-    return opened(path, flags)
+    return try_open(path, flags)
 
 
 _ON_ONE: dict[str, Callable[[str], Any]] = {
@@ -193,7 +192,7 @@ def _utimensat(path: str, atime: int, mtime: int) -> None:
 
 
 def _written(path: str, flags: int) -> list[str]:
-    """Write a byte; the mode while it is open, too."""
+    """Write a byte; return the modes before the file is closed."""
     fd = os.open(path, flags)
     try:
         os.write(fd, b"x")
@@ -203,7 +202,7 @@ def _written(path: str, flags: int) -> list[str]:
 
 
 def _owners() -> Iterator[Situation]:
-    """What users may do to a file that belongs to one of them and a group of two."""
+    """Yield what users may do to a file with an owner and a group of two."""
     modes = (0o644, 0o666, 0o040, 0o002, 0o6777, 0o2745, 0o4711, 0)
     for (said, call), mode, user in product(_ON_ONE.items(), modes, USERS):
         thing = Thing("f", "file", mode, 1000, 2000)
@@ -212,9 +211,9 @@ def _owners() -> Iterator[Situation]:
 
 
 def _directories() -> Iterator[Situation]:
-    """What users may do in a directory, by its mode and by who has what is in it."""
+    """Yield what users may do in a directory, for each mode and owner."""
     calls: dict[str, Callable[[], Any]] = {
-        "make": partial(opened, "new", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o2775),
+        "make": partial(try_open, "new", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o2775),
         "mkdir": partial(os.mkdir, "new", 0o2775),
         "unlink": partial(os.unlink, "f"), "rmdir": partial(os.rmdir, "d"),
         "rename": partial(rename, "f", "new"),
@@ -222,13 +221,13 @@ def _directories() -> Iterator[Situation]:
         "exchange": partial(rename, "f", "g", 2), "whiteout": partial(rename, "f", "new", 4),
         "rename into": partial(rename, "f", "d/f"), "link": partial(os.link, "f", "new"),
         "list": lambda: len(os.listdir(".")),
-        "symlink": partial(os.symlink, "x", "new"), "read in": partial(opened, "f", os.O_RDONLY),
-        "make there again": partial(opened, "f", os.O_CREAT | os.O_WRONLY),
-        "no name": partial(opened, ".", os.O_TMPFILE | os.O_RDWR),
+        "symlink": partial(os.symlink, "x", "new"), "read in": partial(try_open, "f", os.O_RDONLY),
+        "make there again": partial(try_open, "f", os.O_CREAT | os.O_WRONLY),
+        "no name": partial(try_open, ".", os.O_TMPFILE | os.O_RDWR),
         "chmod it": partial(os.chmod, ".", 0o3770),
         "touch it": partial(os.utime, "."), "xattr on it": partial(os.setxattr, ".", "user.a", b"1"),
         "chgrp it": partial(os.chown, ".", -1, 2001), "mkfifo": partial(os.mkfifo, "new"),
-        "fifo again": partial(opened, "p", os.O_CREAT | os.O_RDWR),
+        "fifo again": partial(try_open, "p", os.O_CREAT | os.O_RDWR),
     }  # fmt: skip
     modes = (0o755, 0o777, 0o1777, 0o3777, 0o1770, 0o711, 0o733, 0o444, 0o2775)
     for (said, call), mode, owner, user in product(calls.items(), modes, (0, 1001), USERS):
@@ -250,7 +249,7 @@ def _names() -> Iterator[Situation]:
         "a space": " ", "control": b"\x01\x7f", "a colon": "a:b", "whiteout of aufs": ".wh.x",
     }  # fmt: skip
     calls: dict[str, Callable[[Any], Any]] = {
-        "make": lambda name: opened(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "mkdir": os.mkdir,
+        "make": lambda name: try_open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "mkdir": os.mkdir,
         "symlink": lambda name: os.symlink("x", name), "link": lambda name: os.link("f", name),
         "rename": lambda name: os.rename("f", name), "lstat": os.lstat,
         "whiteout": lambda name: rename("f", name, 4),
@@ -261,7 +260,7 @@ def _names() -> Iterator[Situation]:
         yield Situation(f"symlink to {size} bytes", (), partial(_long_link, size))
     for size in (4094, 4095, 4096, 5000):
         path = ("./" * size)[: size - 1] + "f"
-        yield Situation(f"path of {size} bytes", (Thing("f"),), partial(opened, path, os.O_RDONLY))
+        yield Situation(f"path of {size} bytes", (Thing("f"),), partial(try_open, path, os.O_RDONLY))
     for depth in (39, 40, 41):
         yield Situation(f"{depth} links in a row", (Thing("f"),), partial(_chain, depth))
 
@@ -279,7 +278,7 @@ def _chain(depth: int) -> str:
     os.symlink("f", "l1")
     for number in range(2, depth + 1):
         os.symlink(f"l{number - 1}", f"l{number}")
-    return opened(f"l{depth}", os.O_RDONLY)
+    return try_open(f"l{depth}", os.O_RDONLY)
 
 
 def _open_files() -> Iterator[Situation]:
@@ -288,7 +287,7 @@ def _open_files() -> Iterator[Situation]:
         yield Situation(said, things, call)
 
 
-# --- doing them
+# --- running them
 
 
 def _place(number: int) -> str:
@@ -296,7 +295,7 @@ def _place(number: int) -> str:
 
 
 def build_all(wanted: Iterable[Situation]) -> None:
-    """Make the things of each in the working directory."""
+    """Create the files of each situation in the working directory."""
     make("file", "linked")
     above = os.open(".", os.O_PATH)
     for number, situation in enumerate(wanted):
@@ -312,26 +311,26 @@ def build_all(wanted: Iterable[Situation]) -> None:
 
 
 def run_all(wanted: Iterable[Situation]) -> dict[str, Any]:
-    """Do each in the working directory; what it gave, and what is there then, by what it is called."""
+    """Make each call; return its result and the content of its directory by description."""
     found: dict[str, Any] = {}
     above = os.open(".", os.O_PATH)
     for number, situation in enumerate(wanted):
-        assert situation.said not in found, situation.said
+        assert situation.title not in found, situation.title
         os.chdir(_place(number))
         uid, groups = USERS[situation.user]
-        _be(uid, groups)
+        _become(uid, groups)
         try:
             gave = answer(situation.call)
         finally:
-            _be(0, ())
+            _become(0, ())
         os.fchdir(above)
-        found[situation.said] = [gave, _look(_place(number))]
+        found[situation.title] = [gave, _look(_place(number))]
     os.close(above)
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
-def _be(uid: int, groups: tuple[int, ...]) -> None:
-    """Act as somebody; only root can become another."""
+def _become(uid: int, groups: tuple[int, ...]) -> None:
+    """Change the effective user and groups. Only root can."""
     os.seteuid(0)
     os.setgroups(groups)
     os.setegid(uid)
@@ -339,7 +338,7 @@ def _be(uid: int, groups: tuple[int, ...]) -> None:
 
 
 def _look(path: str) -> list[str]:
-    """What is in a directory: names, modes, owners, links, sizes and beginnings."""
+    """Describe a directory: names, modes, owners, links, sizes and the first bytes."""
     top = os.lstat(path)
     told = [f"{top.st_mode:o} {top.st_uid}:{top.st_gid} {top.st_nlink}"]
     for name in sorted(os.listdir(os.fsencode(path))):

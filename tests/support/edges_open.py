@@ -1,7 +1,7 @@
-"""What is done with open files at the edges of POSIX, for :mod:`tests.support.edges`. Standard library only.
+"""Calls on open files at the edges of POSIX, for :mod:`tests.support.edges`. Standard library only.
 
-Each acts in a directory with ``f`` (of 7 bytes), ``d`` with a file in it,
-``x`` (mode 755) and ``s`` (mode 6777).
+Each runs in a directory with ``f`` (7 bytes), ``d`` with a file in it, ``x`` (mode 755) and ``s`` (mode
+6777).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _tried(call: Callable[[], Any]) -> Any:
 
 
 def _in_child(call: Callable[[], Any]) -> Any:
-    """Do it in another process; what it gave, or the signal that ended it."""
+    """Call in another process; return the result, or the signal that killed it."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -52,7 +52,7 @@ def _in_child(call: Callable[[], Any]) -> Any:
 
 
 def _all_of_a_removed(path: str) -> list[Any]:
-    """What can be done with a file that has no name left."""
+    """Return the results of calls on a file that has been unlinked."""
     fd = os.open(path, os.O_RDWR)
     os.unlink(path)
     again = f"/proc/self/fd/{fd}"
@@ -113,7 +113,7 @@ def _without_name(flags: int) -> list[Any]:
 
 
 def _getdents(size: int) -> list[Any]:
-    """List by a buffer of so many bytes: names found, each once, or the errno."""
+    """List a directory with a buffer of *size* bytes; return the sorted names or the errno."""
     os.mkdir("many")
     for number in range(40):
         os.mkdir(f"many/{'n' * (number % 7)}{number}")
@@ -124,7 +124,7 @@ def _getdents(size: int) -> list[Any]:
         while True:
             got = _libc.syscall(_GETDENTS64, fd, buffer, size)
             if got < 0:
-                return [errno.errorcode[ctypes.get_errno()]]  # what comes first is the filesystem's affair
+                return [errno.errorcode[ctypes.get_errno()]]  # the order depends on the filesystem
             if got == 0:
                 return [sorted(names)]
             at = 0
@@ -137,7 +137,7 @@ def _getdents(size: int) -> list[Any]:
 
 
 def _seek_while_it_changes() -> list[Any]:
-    """Return to places of a directory in which names come and go: what was there is there once."""
+    """Seek in a directory while names change: names that stay must be listed once."""
     os.mkdir("many")
     for number in range(300):
         os.mkdir(f"many/{number:03}")
@@ -168,7 +168,7 @@ def _seek_while_it_changes() -> list[Any]:
         anew += names
     os.close(fd)
     for name in os.listdir("many"):
-        os.rmdir(f"many/{name}")  # which have gone before is the filesystem's affair
+        os.rmdir(f"many/{name}")  # which are left depends on the filesystem
     stayed = [name for name in map("{:03}".format, range(300)) if name not in gone]
     return [
         [name for name in stayed if seen.count(name) != 1],
@@ -178,7 +178,7 @@ def _seek_while_it_changes() -> list[Any]:
 
 
 def _appended_by_many() -> list[Any]:
-    """Eight processes append lines: none is lost or torn."""
+    """Append lines in eight processes: no line may be lost or torn."""
     pids = []
     for number in range(8):
         pid = os.fork()
@@ -193,7 +193,7 @@ def _appended_by_many() -> list[Any]:
     with open("log", "r+b") as file:
         lines = file.read().splitlines()
         file.seek(0)
-        file.write(b"".join(line + b"\n" for line in sorted(lines)))  # who was first is left to chance
+        file.write(b"".join(line + b"\n" for line in sorted(lines)))  # the order is random
     return [len(lines), sorted({len(line) for line in lines}), all(len(set(line)) == 1 for line in lines)]
 
 
@@ -202,7 +202,7 @@ def _lock(fd: int, kind: int, start: int, length: int, command: int = fcntl.F_SE
 
 
 def _deadlock() -> list[Any]:
-    """Two processes wait for each other: the second to begin is told."""
+    """Let two processes wait for each other's locks: the kernel must detect the deadlock."""
     fd = os.open("f", os.O_RDWR)
     _lock(fd, fcntl.F_WRLCK, 0, 1)
     to_child, to_parent = os.pipe(), os.pipe()
@@ -228,7 +228,7 @@ def _deadlock() -> list[Any]:
 
 
 def _locks() -> list[Any]:
-    """Locks of the process, of the open file and by flock, held against each other and another process."""
+    """Return the results of conflicting locks: of processes, of open files, and of flock()."""
     one, two = os.open("f", os.O_RDWR), os.open("f", os.O_RDWR)
     reads = os.open("f", os.O_RDONLY)
 
@@ -282,7 +282,7 @@ def _leases() -> list[Any]:
 
 
 def _notices() -> list[Any]:
-    """What inotify tells of changes."""
+    """Return the inotify events of some changes."""
     told = _libc.inotify_init1(os.O_NONBLOCK)
     watch = {_libc.inotify_add_watch(told, name, 0xFFF): name.decode() for name in (b".", b"f", b"d")}
     for call in (
@@ -308,7 +308,7 @@ def _notices() -> list[Any]:
 
 
 def _beyond_the_end() -> list[Any]:
-    """A mapping of more than the file: zeros to the page's end, then SIGBUS; so after it was cut."""
+    """Map more than the file: zeros to the end of the page, then SIGBUS; the same after truncation."""
     with open("big", "wb") as file:
         file.write(b"x" * 4 * 4096)
     fd = os.open("big", os.O_RDWR)
@@ -359,7 +359,7 @@ def _holes() -> list[Any]:
 
 
 def _text_busy() -> list[Any]:
-    """A program that is run is not written to, nor one run that is open to be written."""
+    """Check that a running program cannot be written, nor a file open for writing be run."""
     with open("prog", "wb") as out, open("/bin/sleep", "rb") as program:
         out.write(program.read())
     os.chmod("prog", 0o755)
@@ -391,7 +391,7 @@ def _text_busy() -> list[Any]:
 
 
 def _many_links() -> list[Any]:
-    """As many names as an inode of ext3 may have."""
+    """Create as many links as an ext3 inode allows."""
     made = 1
     os.mkdir("l")
     while made < 33_000 and _tried(partial(os.link, "f", f"l/{made}")) is None:
@@ -405,7 +405,7 @@ def _many_links() -> list[Any]:
 
 
 def _takes_set_ids(how: str, uid: int) -> list[Any]:
-    """The mode of a set-ID file before and right after something wrote to it; what is open stays open."""
+    """Return the mode of a set-ID file before and after a write, while descriptors stay open."""
     fd, source = os.open("s", os.O_RDWR), os.open("f", os.O_RDONLY)
     reading, writing = os.pipe()
     os.write(writing, b"piped")
@@ -446,7 +446,7 @@ WAYS = (
 
 
 def _copies() -> list[Any]:
-    """copy_file_range(2), sendfile(2) and others, where they are refused."""
+    """Return the errors of copy_file_range(2), sendfile(2) and others."""
     one, two = os.open("f", os.O_RDWR), os.open("x", os.O_RDWR)
     end, place = os.open("x", os.O_WRONLY | os.O_APPEND), os.open("f", os.O_PATH)
     reads, directory = os.open("f", os.O_RDONLY), os.open("d", os.O_RDONLY)
@@ -478,7 +478,7 @@ def _copies() -> list[Any]:
 
 
 def _removed_below() -> list[Any]:
-    """A directory whose way back is gone, and one that is renamed while somebody is in it."""
+    """Use a directory whose parent was removed, and one that is renamed while it is in use."""
     fd = os.open("d", os.O_RDONLY)
     os.rename("d", "e")
     found = [

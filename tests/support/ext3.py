@@ -1,4 +1,4 @@
-"""Ext3 images for tests: made, opened in-process, mounted by the kernel, and described through a layer."""
+"""Ext3 images for tests: create them, open them in-process, mount them with the kernel, compare them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.system import run
 
 FEATURES = "has_journal,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 GEOMETRIES = [(block_size, inode_size) for block_size in (1024, 4096) for inode_size in (128, 256)]
-"""Of blocks and inodes, in bytes."""
+"""Sizes of blocks and inodes in bytes."""
 
 FIELDS = (
     *("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks", "st_blksize"),
@@ -33,7 +33,7 @@ def make(
     more: tuple[str, ...] = (),
     features: str = FEATURES,
 ) -> Path:
-    """An empty ext3 in a sparse file."""
+    """Create an empty ext3 in a sparse file, and return its path."""
     with image.open("wb") as out:
         out.truncate(size)
     options = ["-b", str(block_size), "-I", str(inode_size), "-m", "0", "-E", "root_owner=0:0", *more]
@@ -42,9 +42,9 @@ def make(
 
 
 @contextmanager
-def opened(image: Path, **how: Any) -> Iterator[Ext3Layer]:
-    """The image as a layer of our own, and sound afterwards."""
-    layer = open_ext3(str(image), **how)
+def opened(image: Path, **options: Any) -> Iterator[Ext3Layer]:
+    """Open the image as a layer; check it with e2fsck after it is closed."""
+    layer = open_ext3(str(image), **options)
     try:
         yield layer
     finally:
@@ -54,7 +54,7 @@ def opened(image: Path, **how: Any) -> Iterator[Ext3Layer]:
 
 @contextmanager
 def mounted(image: Path, *options: str) -> Iterator[DirectoryLayer]:
-    """The image as the kernel shows it."""
+    """Mount the image with the kernel's ext3, and open the mount as a layer."""
     at = image.with_name(f"{image.name}.at")
     at.mkdir(exist_ok=True)
     run("mount", "-t", "ext3", "-o", ",".join(("loop", "noatime", *options)), image, at)
@@ -69,12 +69,12 @@ def mounted(image: Path, *options: str) -> Iterator[DirectoryLayer]:
 
 
 def sound(image: Path) -> None:
-    """e2fsck finds nothing to complain about."""
+    """Fail unless e2fsck finds no error."""
     run("e2fsck", "-fn", image)
 
 
 def describe(layer: LowerLayer, key: Key = None, path: str = ".") -> dict[str, dict[str, Any]]:
-    """Everything that a layer tells of the tree below *key*: ``{path: facts}``."""
+    """Return everything that a layer shows of the tree below *key*, as ``{path: facts}``."""
     key = layer.root if key is None else key
     attr = layer.stat(key)
     facts: dict[str, Any] = {name: getattr(attr, name) for name in FIELDS}
@@ -115,8 +115,8 @@ def _content(layer: LowerLayer, key: Key, size: int) -> dict[str, Any]:
 def differences(
     one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]], *, ignore: tuple[str, ...] = ()
 ) -> list[str]:
-    """A line for each fact in which two descriptions differ."""
-    lines = [f"{path}: only in one of them" for path in sorted(one.keys() ^ two.keys())]
+    """Return a line for each difference between two descriptions."""
+    lines = [f"{path}: only in one" for path in sorted(one.keys() ^ two.keys())]
     for path in sorted(one.keys() & two.keys()):
         for name in one[path].keys() | two[path].keys():
             left, right = one[path].get(name), two[path].get(name)

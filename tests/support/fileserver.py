@@ -1,4 +1,4 @@
-"""A web server on the loopback interface that serves files by ranges, as well or badly as a test wants."""
+"""A web server on the loopback interface that serves ranges of files, and misbehaves as tests require."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ _PIECE = 128 << 10
 
 @dataclass
 class Behaviour:
-    """What the server does; may be changed at any time."""
+    """How the server behaves. It may be changed at any time."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    """What it has, by path."""
+    """The content of the files, by path."""
     etag: str | None = '"first"'
     modified: str | None = "Sat, 01 Aug 2026 10:00:00 GMT"
     ranges: bool = True
     login: tuple[str, str] | None = None
     redirects: dict[str, str] = field(default_factory=dict)
     status: int = 0
-    """What is answered in place of everything."""
+    """If not 0, the status of every reply."""
     latency: float = 0.0
     failures: float = 0.0
-    """The part of the requests whose connection is reset."""
+    """The share of requests whose connection is reset, 0 to 1."""
     cut: int = 0
-    """So many bytes are missing at the end of each answer."""
+    """The number of bytes that are missing at the end of each reply."""
     away: threading.Event = field(default_factory=threading.Event)
-    """While it is set connections are reset."""
+    """While it is set, every connection is reset."""
     stalls: threading.Event = field(default_factory=threading.Event)
-    """While it is set no answer comes, until it is not any more."""
+    """While it is set, requests wait for their reply."""
     endless: bool = False
-    """Whether answers do not end."""
+    """Whether replies never end."""
     encoding: str = ""
-    """What is said to be the encoding of what is sent."""
+    """The Content-Encoding header of replies, if any."""
     bandwidth: float = 0.0
-    """Bytes a second, of all clients together; 0: no limit."""
+    """Bytes per second for all clients together; 0 for no limit."""
 
 
 @dataclass
 class Served:
-    """What has been asked for."""
+    """What clients have requested."""
 
     requests: int = 0
     bytes: int = 0
@@ -74,7 +74,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients go away."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -82,82 +82,82 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
-        wanted, served = self.server.behaviour, self.server.served
+        behaviour, served = self.server.behaviour, self.server.served
         self.path = unquote(self.path.partition("?")[0])
         with served.lock:
             served.requests += 1
             served.waiting += 1
         try:
-            while wanted.stalls.is_set() and not self.server.over.wait(0.01):
+            while behaviour.stalls.is_set() and not self.server.over.wait(0.01):
                 pass
         finally:
             with served.lock:
                 served.waiting -= 1
-        if wanted.latency:
-            time.sleep(wanted.latency)
-        if wanted.away.is_set() or random.random() < wanted.failures:
+        if behaviour.latency:
+            time.sleep(behaviour.latency)
+        if behaviour.away.is_set() or random.random() < behaviour.failures:
             self._reset()
-        elif wanted.status:
-            self._say(wanted.status)
-        elif self.path in wanted.redirects:
-            self._say(302, Location=wanted.redirects[self.path])
-        elif wanted.login and self.headers["Authorization"] != _basic(*wanted.login):
-            self._say(401, **{"WWW-Authenticate": 'Basic realm="x"'})
-        elif self.path not in wanted.files:
-            self._say(404)
+        elif behaviour.status:
+            self._reply(behaviour.status)
+        elif self.path in behaviour.redirects:
+            self._reply(302, Location=behaviour.redirects[self.path])
+        elif behaviour.login and self.headers["Authorization"] != _basic(*behaviour.login):
+            self._reply(401, **{"WWW-Authenticate": 'Basic realm="x"'})
+        elif self.path not in behaviour.files:
+            self._reply(404)
         else:
-            self._file(wanted.files[self.path], wanted, served)
+            self._file(behaviour.files[self.path], behaviour, served)
 
-    def _file(self, data: bytes, wanted: Behaviour, served: Served) -> None:
+    def _file(self, data: bytes, behaviour: Behaviour, served: Served) -> None:
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
         headers = {"Content-Type": "application/octet-stream"}
-        if wanted.etag:
-            headers["ETag"] = wanted.etag
-        if wanted.modified:
-            headers["Last-Modified"] = wanted.modified
-        if wanted.encoding:
-            headers["Content-Encoding"] = wanted.encoding
+        if behaviour.etag:
+            headers["ETag"] = behaviour.etag
+        if behaviour.modified:
+            headers["Last-Modified"] = behaviour.modified
+        if behaviour.encoding:
+            headers["Content-Encoding"] = behaviour.encoding
         start, end, status = 0, len(data), 200
-        if match and wanted.ranges:
+        if match and behaviour.ranges:
             start, end = int(match[1]), min(int(match[2]) + 1, len(data))
             if start >= len(data):
-                self._say(416, **headers, **{"Content-Range": f"bytes */{len(data)}"})
+                self._reply(416, **headers, **{"Content-Range": f"bytes */{len(data)}"})
                 return
             status = 206
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if not wanted.endless:
+        if not behaviour.endless:
             self.send_header("Content-Length", str(end - start))
         self.end_headers()
         with served.lock:
             served.bytes += end - start
             served.ranges.append((self.path, start, end))
-        end = max(end - wanted.cut, start)
+        end = max(end - behaviour.cut, start)
         whole = memoryview(data)
         while start < end:
             piece = whole[start : min(start + _PIECE, end)]
-            if wanted.bandwidth:
-                self._wait_for_turn(len(piece) / wanted.bandwidth)
+            if behaviour.bandwidth:
+                self._wait_for_turn(len(piece) / behaviour.bandwidth)
             self.wfile.write(piece)
             start += len(piece)
-        while wanted.endless and not self.server.over.is_set():
+        while behaviour.endless and not self.server.over.is_set():
             self.wfile.write(bytes(_PIECE))
-        if wanted.cut:
+        if behaviour.cut:
             self._reset()
 
     def _wait_for_turn(self, seconds: float) -> None:
-        """Take so many seconds of the line, which all connections share piece by piece."""
+        """Use the line for *seconds*. All connections share it, piece by piece."""
         with self.server.served.lock:
             self.server.free_at = max(self.server.free_at, time.monotonic()) + seconds
             wait = self.server.free_at - time.monotonic()
         time.sleep(max(wait, 0))
 
-    def _say(self, status: int, **headers: str) -> None:
+    def _reply(self, status: int, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -178,7 +178,7 @@ def _basic(user: str, password: str) -> str:
 
 @dataclass
 class FileServer:
-    """A server that runs."""
+    """A running server."""
 
     behaviour: Behaviour
     served: Served
@@ -186,7 +186,7 @@ class FileServer:
     scheme: str
 
     def url(self, path: str = "/root.sqsh") -> str:
-        """The URL of what it has at a path."""
+        """Return the URL of a path."""
         return f"{self.scheme}://127.0.0.1:{self.port}{path}"
 
 
@@ -194,7 +194,7 @@ class FileServer:
 def serving(
     image: Path | None = None, behaviour: Behaviour | None = None, certificate: Path | None = None
 ) -> Iterator[FileServer]:
-    """A server that has *image* as ``/root.sqsh``; by TLS with a *certificate*, in a file with its key."""
+    """Serve *image* as ``/root.sqsh``; with TLS if *certificate* is a file with a certificate and its key."""
     behaviour = behaviour or Behaviour()
     if image is not None:
         behaviour.files["/root.sqsh"] = image.read_bytes()

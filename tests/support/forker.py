@@ -1,10 +1,10 @@
-"""A process with all of cowfs loaded that forks for each command: a test need not wait for Python to start.
+"""A process with all of cowfs loaded that forks for each command, so that tests need not wait for Python.
 
-``python -m tests.support.forker FD``. Each command is a message on the socket *FD*: arguments, environment,
-working directory, umask and limits in JSON, with three descriptors: for the command's output, for its errors,
-and a socket that its process ID and its exit code (negative: the signal that ended it) are sent to, each on a
-line. The process first sends a word. It ends when nobody has the other end of FD.
-See :mod:`tests.support.warm`.
+``python -m tests.support.forker FD``. Each command is a message on the socket FD, with arguments,
+environment, working directory, umask and limits in JSON, and with three descriptors: one for the command's
+output, one for its errors, and a socket. The process writes two lines to the socket: the command's process
+ID, and its exit code (negative for a signal). It sends a message on FD when it has started, and exits when
+the other end of FD is closed. See :mod:`tests.support.warm`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SELDOM_USED = ("cowfs.cli.browse", "cowfs.cli.zygote")
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork for each command, until nobody can ask for one."""
+    """Fork for each command until the other end of *requests* is closed."""
     requests.send(b"here")
     load_all()
     for module in pkgutil.iter_modules(cowfs.cli.__path__, "cowfs.cli."):
         if module.name not in _SELDOM_USED:
             importlib.import_module(module.name)
     gc.collect()
-    gc.freeze()  # else each fork would copy what the collector touches
+    gc.freeze()  # otherwise each fork copies the pages that the collector touches
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     while True:
@@ -51,14 +51,14 @@ def serve(requests: socket.socket) -> None:
             os.close(fd)
 
 
-def _watch(asked: dict[str, Any], output: int, errors: int, answer: int) -> NoReturn:
-    """Fork once more for the command, and tell how it ends. Never returns."""
+def _watch(request: dict[str, Any], output: int, errors: int, answer: int) -> NoReturn:
+    """Fork once more for the command, and report its exit code. Never returns."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         pid = os.fork()
         if pid == 0:
             os.close(answer)
-            _be(asked, output, errors)
+            _run_command(request, output, errors)
         os.close(output)
         os.close(errors)
         os.write(answer, b"%d\n" % pid)
@@ -68,22 +68,22 @@ def _watch(asked: dict[str, Any], output: int, errors: int, answer: int) -> NoRe
         os._exit(0)
 
 
-def _be(asked: dict[str, Any], output: int, errors: int) -> NoReturn:
+def _run_command(request: dict[str, Any], output: int, errors: int) -> NoReturn:
     """Run the command as ``python -m cowfs.cli.main`` does. Never returns."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
-        os.environ.update(asked["environment"])
-        os.umask(asked["umask"])
-        for number, (soft, hard) in asked["limits"].items():
+        os.environ.update(request["environment"])
+        os.umask(request["umask"])
+        for number, (soft, hard) in request["limits"].items():
             resource.setrlimit(int(number), (soft, hard))
-        os.chdir(asked["directory"])
+        os.chdir(request["directory"])
         os.dup2(output, 1)
         os.dup2(errors, 2)
         os.close(output)
         os.close(errors)
-        sys.argv = [cowfs.cli.main.__file__, *asked["arguments"]]
+        sys.argv = [cowfs.cli.main.__file__, *request["arguments"]]
         code = main()
     except SystemExit as end:
         if end.code is not None and not isinstance(end.code, int):

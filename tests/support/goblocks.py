@@ -1,10 +1,10 @@
-"""Compressed blocks that compressors of other languages made, as tiny constants.
+"""Small blocks that were compressed by libraries of another language.
 
-Each holds ``text(3000)`` of :mod:`tests.support.squashfs`. They were made with Go 1.19 and the libraries
-of Debian 12 that go-diskfs and other makers of squashfs in Go use, by their usual writers:
+Each contains ``text(3000)`` of :mod:`tests.support.squashfs`. They were made with Go 1.19 and the libraries
+of Debian 12 that go-diskfs and other Go programs use to write squashfs, with their usual functions:
 compress/zlib (level 9), klauspost/compress 1.15.12 (zstd, fastest), pierrec/lz4 2.5.2 (CompressBlock) and
-ulikunitz/xz 0.5.6 (as it is, with a checksum that the kernel does not know and a dictionary that is too
-large for it; and with CRC32 and a dictionary of 8 KiB).
+ulikunitz/xz 0.5.6 (once with its defaults, whose checksum and dictionary size the kernel does not support,
+and once with CRC32 and a dictionary of 8 KiB).
 """
 
 from __future__ import annotations
@@ -70,4 +70,4 @@ _BLOCKS = {
 }
 
 BLOCKS = {name: (compressor, base64.b85decode(text)) for name, (compressor, text) in _BLOCKS.items()}
-"""Name -> number of the compressor in squashfs, block."""
+"""The number of the compressor in squashfs, and the block, by name."""

@@ -1,4 +1,4 @@
-"""Find mounts, loop devices and processes that tests leave behind."""
+"""Find mounts, loop devices and processes that tests have left behind."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MARK = "COWFS_TEST_RUN"
 
 
 def mark_run() -> str:
-    """Put a mark into the environment that every process started from here inherits."""
+    """Set and return a mark in the environment that every process started from here inherits."""
     value = f"{os.getpid()}-{uuid.uuid4().hex}"
     os.environ[MARK] = value
     return value
 
 
 def processes(mark: str) -> dict[int, str]:
-    """The living processes that carry *mark*, by pid: their command lines."""
+    """Return the command lines of the running processes with *mark*, by process ID."""
     wanted = f"{MARK}={mark}".encode()
     found = {}
     for entry in os.listdir("/proc"):
@@ -37,7 +37,7 @@ def processes(mark: str) -> dict[int, str]:
 
 
 def mounts() -> dict[int, str]:
-    """Every mount of this namespace, by its unique number."""
+    """Return every mount of this namespace by its mount ID."""
     found = {}
     for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
         fields = line.split(" ")
@@ -47,7 +47,7 @@ def mounts() -> dict[int, str]:
 
 
 def loops(below: Path) -> dict[str, str]:
-    """The loop devices over files below *below* (deleted ones too), by device."""
+    """Return the loop devices on files below *below*, even deleted ones, by device."""
     found = {}
     for device in Path("/sys/block").glob("loop*"):
         try:
@@ -60,7 +60,7 @@ def loops(below: Path) -> dict[str, str]:
 
 
 class Guard:
-    """Compares the present state with the state before, and cleans up."""
+    """Compares the current state with an earlier one, and cleans up."""
 
     def __init__(self, mark: str, below: Path) -> None:
         self.mark = mark
@@ -74,9 +74,9 @@ class Guard:
             "process": processes(self.mark),
         }
 
-    def left_behind(self, patience: float = 5.0) -> list[str]:
-        """Name what is new and stays for *patience* seconds; a daemon may need a moment to end."""
-        deadline = time.monotonic() + patience
+    def left_behind(self, timeout: float = 5.0) -> list[str]:
+        """Return what is new, after *timeout* seconds in which daemons can exit; remove it."""
+        deadline = time.monotonic() + timeout
         while True:
             left = [
                 (kind, key, text)
@@ -92,7 +92,7 @@ class Guard:
         return [f"{kind} {key}: {text}" for kind, key, text in left]
 
     def _remove(self, kind: str, key: object, text: str) -> None:
-        """Clean up, so that one culprit does not make every later test fail as well."""
+        """Remove a leftover, so that it does not make every later test fail too."""
         if kind == "process" and isinstance(key, int):
             try:
                 os.kill(key, signal.SIGKILL)

@@ -1,9 +1,10 @@
-"""A FUSE filesystem that shows a directory and makes chosen requests wait.
+"""A FUSE filesystem that shows a directory and can delay requests.
 
 Its arguments are the directory, the mountpoint and GATES.
 
-While GATES has a file of a request's name (``read``), that request waits for what has the name in the file.
-``held-read`` is made when one does. A directory ``endless`` has names without end.
+While the directory GATES contains a file with the name of a request, for example ``read``, such requests wait
+if they are for the name in the file. When one waits, it creates ``held-read``. A directory called ``endless``
+has an endless list of names.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.support.mounts import eventually, is_mounted, project_root
 
 
 class Holding(pyfuse3.Operations):
-    """Nothing is kept by the kernel, so that each call comes here."""
+    """The filesystem. The kernel caches nothing, so that each system call sends a request."""
 
     def __init__(self, source: str, gates: str) -> None:
         super().__init__()
@@ -34,6 +35,7 @@ class Holding(pyfuse3.Operations):
         self._gates = gates
 
     async def _pass(self, request: str, path: str) -> None:
+        """Wait while the gate for *request* is closed for the name of *path*."""
         gate = f"{self._gates}/{request}"
         while True:
             try:
@@ -128,7 +130,7 @@ def _main(source: str, mountpoint: str, gates: str) -> None:
 
 
 class Lower:
-    """A mounted one."""
+    """The mounted filesystem, to use as a lower."""
 
     def __init__(self, path: Path, gates: Path, process: subprocess.Popen[bytes]) -> None:
         self.path = path
@@ -136,29 +138,29 @@ class Lower:
         self._process = process
 
     def hold(self, request: str, name: str) -> None:
-        """Let such requests for this name wait."""
+        """Make requests of this kind for *name* wait."""
         new = self._gates / "new"
         new.write_text(name)
         new.rename(self._gates / request)
 
     def is_held(self, request: str) -> bool:
-        """Does one wait?"""
+        """Return whether such a request waits, or has waited."""
         return (self._gates / f"held-{request}").exists()
 
     def let_go(self) -> None:
-        """Let all go on that wait."""
+        """Let all waiting requests proceed."""
         for gate in self._gates.iterdir():
             gate.unlink()
 
     def die(self) -> None:
-        """The daemon is killed: what waits fails, and what is asked from now on."""
+        """Kill the daemon, so that waiting and later requests fail."""
         self._process.kill()
         self._process.wait()
 
 
 @contextmanager
 def holding(source: Path, place: Path) -> Iterator[Lower]:
-    """Show *source* at a new directory in *place*; whoever waits at the end gets an error."""
+    """Mount *source* in *place*. Requests that still wait at the end fail."""
     at, gates = place / "held", place / "gates"
     at.mkdir()
     gates.mkdir()

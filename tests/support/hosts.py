@@ -1,4 +1,4 @@
-"""Small filesystems for stores to be on: what they hold can be filled to the last byte."""
+"""Small filesystems for stores, which tests can fill to the last byte."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ MIB = 1 << 20
 
 @contextmanager
 def host(kind: str, at: Path, megabytes: int) -> Iterator[Path]:
-    """A filesystem of its own at *at*, which anybody may write to.
+    """Mount a new filesystem at *at*, in which every user may create files.
 
-    ``tmpfs``; ``ext4``, which allocates blocks when it writes data back; ``ext3``, which has no fallocate(2).
+    *kind* is ``tmpfs``, ``ext4`` (allocates blocks when it writes data back) or ``ext3`` (has no
+    fallocate(2)).
     """
     at.mkdir()
     if kind == "tmpfs":
         run("mount", "-t", "tmpfs", "-o", f"size={megabytes}M,mode=1777", "tmpfs", at)
     else:
-        shared = Path("/dev/shm")  # many barriers, which no disk has to wait for
+        shared = Path("/dev/shm")  # in memory, because the tests sync very often
         with tempfile.NamedTemporaryFile(dir=shared if shared.is_dir() else at.parent) as image:
             image.truncate(megabytes * MIB)
             run(f"mkfs.{kind}", "-q", image.name, *(["-m", "0"] if kind.startswith("ext") else []))
@@ -33,17 +34,17 @@ def host(kind: str, at: Path, megabytes: int) -> Iterator[Path]:
     try:
         yield at
     finally:
-        eventually(lambda: run("umount", at, check=False).returncode == 0, f"{at} is not in use any more")
+        eventually(lambda: run("umount", at, check=False).returncode == 0, f"{at} is no longer in use")
 
 
 def free(at: Path) -> int:
-    """Bytes that can be written there."""
-    room = os.statvfs(at)
-    return room.f_bavail * room.f_frsize
+    """Return the number of bytes that can still be written to the filesystem at *at*."""
+    status = os.statvfs(at)
+    return status.f_bavail * status.f_frsize
 
 
 def fill(at: Path, leave: int = 0, name: str = "ballast") -> Path:
-    """Take all room of a filesystem but *leave* bytes; return the file that does."""
+    """Fill a filesystem up to *leave* bytes; return the path of the file that fills it."""
     path = at / name
     fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     try:
@@ -60,13 +61,13 @@ def fill(at: Path, leave: int = 0, name: str = "ballast") -> Path:
 
 
 def sparse_copy(source: Path, target: Path) -> Path:
-    """Copy a store so that all that is zero in it is a hole."""
+    """Copy a store with holes in place of zeros; return the copy."""
     run("cp", "--sparse=always", source, target)
     return target
 
 
 def lower_and_store(place: Path) -> Path:
-    """Make a lower, and a store that is allocated as a whole; return the directory that they are in."""
+    """Create a lower and a fully allocated store in *place*; return *place*."""
     (place / "lower/many").mkdir(parents=True)
     (place / "lower/big").write_bytes(bytes(range(256)) * 4096 * 12)
     for number in range(300):

@@ -1,4 +1,4 @@
-"""FUSE mounts that never answer a request."""
+"""FUSE mounts that never reply to a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEADER = struct.Struct("<IIQ")
 
 @contextmanager
 def hung(place: Path, source: str | None = None, user: int = 0) -> Iterator[int]:
-    """A FUSE mount of *user*'s that hangs, whose source is itself; its connection."""
+    """Mount a FUSE filesystem of *user* that hangs; yield the descriptor of its connection."""
     place.mkdir()
     connection = os.open("/dev/fuse", os.O_RDWR)
     try:
@@ -35,7 +35,7 @@ def hung(place: Path, source: str | None = None, user: int = 0) -> Iterator[int]
 
 @contextmanager
 def hung_around_a_process(place: Path) -> Iterator[None]:
-    """The same, with a process whose working directory it is."""
+    """Mount a FUSE filesystem that hangs and is the working directory of a process."""
     with (
         hung(place, user=65534) as connection,
         subprocess.Popen(
@@ -54,9 +54,9 @@ def hung_around_a_process(place: Path) -> Iterator[None]:
 
 
 def _answer_until(connection: int, there: int) -> None:
-    """Say that nothing is there, until something can be read from *there*."""
+    """Reply with ENOSYS until *there* can be read."""
     while there not in (ready := select.select([connection, there], [], [], 20)[0]):
-        assert ready, "the process is not there"
+        assert ready, "the process did not start"
         _, opcode, unique = _HEADER.unpack_from(os.read(connection, 1 << 18))
         if opcode == _INIT:
             body = struct.pack("<IIIIHHII36x", 7, 31, 0, 0, 0, 0, 4096, 1)

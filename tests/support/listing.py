@@ -6,13 +6,13 @@ from cowfs.layers.base import Key, LowerLayer
 
 
 def names_of(layer: LowerLayer, directory: Key) -> list[bytes]:
-    """All names."""
+    """Return all names in a directory."""
     found = layer.names(directory)
     return found() if callable(found) else found
 
 
 def find(layer: LowerLayer, *path: bytes) -> Key:
-    """The key of what stands at a path."""
+    """Return the key of the inode at a path."""
     key = layer.root
     for name in path:
         found = layer.lookup(key, name)

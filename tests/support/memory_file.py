@@ -1,4 +1,4 @@
-"""A file of an upper layer, in memory."""
+"""A file of an upper layer that exists only in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cowfs.types import Attr, AttrData
 
 
 class MemoryFile:
-    """A target that no kernel file stands behind; counts how many writes are under way at once."""
+    """A target of a copy. It counts the bytes written, and the largest number of concurrent writes."""
 
     def __init__(self) -> None:
         self.content = bytearray()

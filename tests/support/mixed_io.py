@@ -1,7 +1,7 @@
-"""Every way to read and write a file, from several processes, against a model: what was written last is read.
+"""Read and write a file in every way, from several processes, and compare with a model.
 
-A driver asks one process after the other to read or write by one of the ways, and compares. Others read
-meanwhile, as they like, so that pages are in the cache at the wrong moment. Standard library only.
+A driver lets one process after the other read or write in some way, and compares the data. Another process
+reads at random at the same time, so that pages are in the cache at unexpected moments. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 PAGE = 4096
 SIZE = 24 * PAGE
-"""Of the file, at most."""
+"""The maximum size of the file."""
 LEAST = 4 * PAGE
-"""Of the file, once it was so large: these are mapped and read at any time."""
+"""The minimum size of the file once it was that large. These pages are mapped and read at any time."""
 _SETUP, _GETEVENTS, _SUBMIT, _URING_SETUP, _URING_ENTER = 206, 208, 209, 425, 426  # of x86_64
 _READ, _WRITE = 0, 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,7 +33,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 class Aio:
-    """io_submit(2), and io_getevents(2)."""
+    """I/O with io_submit(2) and io_getevents(2)."""
 
     def __init__(self) -> None:
         self._context = ctypes.c_ulong()
@@ -41,8 +41,8 @@ class Aio:
 
     def __call__(self, fd: int, write: bool, memory: mmap.mmap, size: int, offset: int) -> int:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        what = (0, 0, 0, _WRITE if write else _READ, 0, fd, address, size, offset, 0, 0, 0)
-        block = ctypes.create_string_buffer(struct.pack("=QIIHhIQQqQII", *what))
+        fields = (0, 0, 0, _WRITE if write else _READ, 0, fd, address, size, offset, 0, 0, 0)
+        block = ctypes.create_string_buffer(struct.pack("=QIIHhIQQqQII", *fields))
         pointer, events = ctypes.c_void_p(ctypes.addressof(block)), ctypes.create_string_buffer(32)
         assert _libc.syscall(_SUBMIT, self._context, 1, ctypes.byref(pointer)) == 1
         assert _libc.syscall(_GETEVENTS, self._context, 1, 1, events, None) == 1
@@ -50,7 +50,7 @@ class Aio:
 
 
 class Uring:
-    """io_uring(7), one request at a time."""
+    """I/O with io_uring(7), one request at a time."""
 
     def __init__(self) -> None:
         params = bytearray(120)  # struct io_uring_params
@@ -81,7 +81,7 @@ class Uring:
 
 
 class Worker:
-    """One process, with the file open in every way."""
+    """A process that has the file open in every way."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -92,7 +92,7 @@ class Worker:
     def open(self) -> None:
         self.buffered = os.open(self.path, os.O_RDWR)
         self.direct = os.open(self.path, os.O_RDWR | os.O_DIRECT)
-        # Beyond the end too, which Python's own would refuse: only what is there is touched.
+        # Longer than the file, which Python's mmap refuses. Only pages of the file are accessed.
         self.mapped = _libc.mmap(
             None, SIZE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, self.buffered, 0
         )
@@ -166,7 +166,7 @@ def _work(path: str, asked: Connection) -> None:
 
 
 def _disturb(path: str, number: int) -> None:
-    """Read all the time, so that pages are wherever they should not be."""
+    """Read at random until the parent exits, so that the cache contains unexpected pages."""
     worker, chance = Worker(path), random.Random(number)
     parent = os.getppid()
     while os.getppid() == parent:
@@ -179,10 +179,10 @@ def _disturb(path: str, number: int) -> None:
 
 
 class History:
-    """What was done to the file, and what it must hold."""
+    """The operations on the file, and the content that it must have."""
 
     def __init__(self, path: Path, seed: int, workers: int, *, ends_short: bool) -> None:
-        """*ends_short*: whether io_uring gets what is there of a direct read that goes beyond the end."""
+        """Start the processes. *ends_short*: whether direct io_uring reads beyond the end return a part."""
         self.model = bytearray(path.read_bytes())
         self.chance = random.Random(seed)
         self.ends_short = ends_short
@@ -207,7 +207,7 @@ class History:
             process.join(10)
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """Let some process do it."""
+        """Let one of the processes do an operation; return its result."""
         who = self.chance.randrange(len(self._connections))
         shown = [len(one) if isinstance(one, bytes) else one for one in arguments]
         self.done.append(f"{who} {name} {shown}")
@@ -217,7 +217,7 @@ class History:
         return answer
 
     def step(self) -> None:
-        """Change something, then read it in two ways."""
+        """Change the file, then read it in two ways."""
         what = self.chance.random()
         if what < 0.75 or not self.model:
             offset, size = self._write()
@@ -267,7 +267,7 @@ class History:
         return max(min(size, before) - PAGE, 0), 2 * PAGE
 
     def check(self, offset: int, size: int) -> None:
-        """Somebody reads it, in some way."""
+        """Let a process read in some way, and compare with the model."""
         way = self.chance.choice(WAYS)
         if way.endswith("direct"):
             end = -(-(offset + size) // PAGE) * PAGE
@@ -292,7 +292,7 @@ class History:
 
 
 def go_on(path: Path, seed: int, seconds: float, *, workers: int = 3, ends_short: bool = True) -> int:
-    """Read and write for some time; return in how many steps. AssertionError where a read was wrong."""
+    """Read and write for *seconds*; return the number of steps. AssertionError if a read is wrong."""
     history = History(path, seed, workers, ends_short=ends_short)
     until, steps = time.monotonic() + seconds, 0
     try:

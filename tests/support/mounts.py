@@ -1,4 +1,4 @@
-"""Mounting cowfs as users do, through its command line, and the kernel's overlayfs beside it."""
+"""Mount cowfs through its command line, as users do, and the kernel's overlayfs for comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TROUBLE = re.compile(r"Traceback|\bWARNING\b|\bERROR\b|\bCRITICAL\b|\bwarning:|\
 
 
 def make_store(place: Path, kind: str) -> Path:
-    """Return a place for a store in a directory, or make an image of 16 MiB."""
+    """Return the path for a new directory store, or create an image of 16 MiB and return its path."""
     if kind != "image":
         return place / "store"
     cowfs("create", place / "store.bs", "16", check=True)
@@ -37,7 +37,7 @@ def cowfs(
     cwd: str | None = None,
     cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run one command of cowfs to its end; *cold*: in a Python of its own, as users do."""
+    """Run a cowfs command and wait for its end; with *cold*, in a new Python process, as users do."""
     environment = {**os.environ, "PYTHONPATH": project_root(), **(env or {})}
     done = None if cold else warm.run(arguments, nobody, environment, cwd, timeout)
     if done is None:
@@ -49,12 +49,12 @@ def cowfs(
 
 
 def project_root() -> str:
-    """The directory that the package cowfs is imported from."""
+    """Return the directory that contains the package cowfs."""
     return str(Path(__file__).resolve().parents[2])
 
 
 def is_mounted(mountpoint: str | os.PathLike[str]) -> bool:
-    """Is something mounted exactly here? Asks the kernel, never the filesystem."""
+    """Return whether this is a mountpoint, according to the kernel's list of mounts."""
     wanted = os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
     text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
     return any(_unescape(line.split(" ")[4]) == wanted for line in text.split("\n")[:-1])
@@ -65,7 +65,7 @@ def _unescape(text: str) -> str:
 
 
 def eventually(condition: object, what: str, seconds: float = 10.0) -> None:
-    """Wait until *condition* () is true; an assertion error that says *what* otherwise."""
+    """Wait until *condition* () is true; after *seconds*, raise an AssertionError with *what*."""
     assert callable(condition)
     deadline = time.monotonic() + seconds
     while not condition():
@@ -76,7 +76,7 @@ def eventually(condition: object, what: str, seconds: float = 10.0) -> None:
 
 @contextmanager
 def unchanged(image: str | os.PathLike[str]) -> Iterator[None]:
-    """In this block no byte of a store changes: of an image, or of all that is in a directory."""
+    """Fail if the block changes any byte of a store, which is an image or a directory."""
     before = _bytes_of(Path(image))
     yield
     after = _bytes_of(Path(image))
@@ -89,10 +89,10 @@ def _bytes_of(path: Path) -> dict[str, object]:
     if path.is_file():
         return {"": path.read_bytes()}
     found: dict[str, object] = {}
-    for each in (path, *path.rglob("*")):
-        info = each.lstat()
-        times = info.st_ino, info.st_mode, info.st_uid, info.st_mtime_ns, info.st_ctime_ns
-        found[str(each)] = times, each.read_bytes() if each.is_file() and not each.is_symlink() else b""
+    for file in (path, *path.rglob("*")):
+        info = file.lstat()
+        facts = info.st_ino, info.st_mode, info.st_uid, info.st_mtime_ns, info.st_ctime_ns
+        found[str(file)] = facts, file.read_bytes() if file.is_file() and not file.is_symlink() else b""
     return found
 
 
@@ -104,23 +104,23 @@ class Mounted:
     log: Path
     nobody: bool = False
     said: str = ""
-    """What the mount command printed."""
+    """The output of the mount command."""
 
     def pid(self) -> int:
-        """The daemon's process, as ``cowfs info`` tells it."""
+        """Return the process ID of the daemon, from ``cowfs info``."""
         shown = cowfs("info", self.path, "--json", nobody=self.nobody, check=True).stdout
         match = re.search(r'"pid":\s*(\d+)', shown)
-        assert match, f"cowfs info --json names no pid: {shown}"
+        assert match, f"cowfs info --json has no pid: {shown}"
         return int(match[1])
 
     def umount(self) -> None:
-        """``cowfs umount``, which must work and must end the mount."""
+        """Run ``cowfs umount``; fail unless it succeeds and the mount is gone."""
         done = cowfs("umount", self.path, nobody=self.nobody)
         assert done.returncode == 0, f"cowfs umount: exit {done.returncode}: {done.stderr}{self.shown_log()}"
         assert not is_mounted(self.path), f"cowfs umount returned, but {self.path} is still mounted"
 
     def shown_log(self) -> str:
-        """The daemon's log, for a failure's message."""
+        """Return the daemon's log for a failure message."""
         try:
             text = self.log.read_text(errors="surrogateescape")
         except OSError as error:
@@ -128,7 +128,7 @@ class Mounted:
         return f"\n--- log of {self.path} ---\n{text[-8000:]}"
 
     def trouble(self) -> list[str]:
-        """The lines of the log that tell of an exception or a warning; a store may be nearly full."""
+        """Return the log's exceptions and warnings, except that the store is nearly full."""
         if not self.log.exists():
             return []
         text = self.log.read_text(errors="surrogateescape")
@@ -143,7 +143,7 @@ def mount_arguments(
     engine: str | None = None,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The arguments of ``cowfs mount`` for this."""
+    """Return the arguments of ``cowfs mount``."""
     if isinstance(lowers, (str, os.PathLike)):
         lowers = [lowers]
     arguments = ["mount", ":".join(os.fspath(lower) for lower in lowers), os.fspath(mountpoint)]
@@ -168,7 +168,7 @@ def mounted(
     log: Path | None = None,
     quiet: bool = True,
 ) -> Iterator[Mounted]:
-    """A cowfs mount, unmounted at the end; *quiet*: fails if the daemon's log shows any trouble."""
+    """Mount cowfs, and unmount it at the end. If *quiet*, fail if the daemon has logged any trouble."""
     path = Path(mountpoint)
     if not path.exists():
         path.mkdir()
@@ -190,20 +190,20 @@ def mounted(
         raise
     if is_mounted(path):
         here.umount()
-    assert not (quiet and here.trouble()), f"the daemon complained: {here.trouble()}{here.shown_log()}"
+    assert not (quiet and here.trouble()), f"the daemon logged {here.trouble()}{here.shown_log()}"
 
 
 def force_umount(path: str | os.PathLike[str]) -> None:
-    """Take a mount away even when its daemon is dead or hangs."""
+    """Detach a mount even if its daemon is dead or hangs."""
     subprocess.run(["umount", "-l", os.fspath(path)], capture_output=True, check=False)
     if is_mounted(path):
         subprocess.run(["fusermount3", "-uz", os.fspath(path)], capture_output=True, check=False)
 
 
-def dress_like(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Give a fresh upper the attributes of the lower's root, as cowfs does for a new store.
+def copy_attributes(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy the attributes of the lower's root to a new upper, as cowfs does for a new store.
 
-    To the kernel's overlayfs the upper is the root, whatever the lower's looks like.
+    The root of the kernel's overlayfs has the attributes of the upper, whatever the lower's are.
     """
     st = os.stat(source)
     for name in os.listxattr(source):
@@ -220,13 +220,13 @@ def kernel_overlay(
     store: str | os.PathLike[str],
     mountpoint: str | os.PathLike[str],
 ) -> Iterator[Path]:
-    """The kernel's overlayfs over the same layers: ``store/upper`` and ``store/work``."""
+    """Mount the kernel's overlayfs on *lowers*, ``store/upper`` and ``store/work``."""
     path = Path(mountpoint)
     path.mkdir(exist_ok=True)
     upper = Path(store, "upper")
     if not upper.exists():
         upper.mkdir(parents=True)
-        dress_like(lowers[0], upper)
+        copy_attributes(lowers[0], upper)
     Path(store, "work").mkdir(exist_ok=True)
     joined = ":".join(os.fspath(lower) for lower in lowers)
     run(

@@ -1,4 +1,4 @@
-"""Squashfs images of versions 1 to 3, which no tool of today writes, in either byte order."""
+"""Write squashfs images of versions 1 to 3, in either byte order. Current tools cannot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Pack = Callable[[bytes], bytes]
 
 def _lzma(data: bytes) -> bytes:
     options = {"id": lzma.FILTER_LZMA1, "dict_size": 1 << 16, "lc": 3, "lp": 0, "pb": 2}
-    # Up to the mark of the end, which these did not write; the range coder may need what is before it.
+    # The old writers left out the end mark, but the range coder may need the bytes before it.
     return lzma.compress(data, lzma.FORMAT_RAW, filters=[options])
 
 
@@ -40,34 +40,34 @@ _PROPERTIES = b"\x5d" + struct.pack("<I", 1 << 16)
 
 
 def sqlzma(data: bytes) -> bytes:
-    """As sqlzma stores a block: what is small as zlib does."""
+    """Compress a block as sqlzma does: small ones with zlib."""
     if len(data) < 100:
         return gzip(data)
     return _PROPERTIES + struct.pack("<Q", len(data)) + _lzma(data)
 
 
 def broadcom(data: bytes) -> bytes:
-    """As Broadcom's firmware has it."""
+    """Compress a block as Broadcom's firmware does."""
     return _PROPERTIES + _lzma(data)
 
 
 def sized(data: bytes) -> bytes:
-    """As the patch for uClinux has it."""
+    """Compress a block as the patch for uClinux does."""
     return struct.pack("<I", len(data)) + _PROPERTIES + _lzma(data)
 
 
 def gzip(data: bytes) -> bytes:
-    """As squashfs itself has it before version 4."""
+    """Compress a block as squashfs before version 4 does."""
     return zlib.compress(data, 9)
 
 
 @dataclass(eq=False)
 class Node:
-    """An inode. One that is in two places has two links."""
+    """An inode. If it is in two places, it has two links."""
 
     mode: int
     content: bytes = b""
-    """Of a file, or the target of a symlink."""
+    """The content of a file, or the target of a symlink."""
     names: dict[bytes, Node] = field(default_factory=dict)
     uid: int = 0
     gid: int = 0
@@ -76,18 +76,18 @@ class Node:
     nlink: int = 1
     extended: bool = False
     fragment: bool = True
-    """Whether what is no whole block goes into a fragment."""
+    """Whether the last partial block goes into a fragment."""
 
 
 class Table:
-    """Metadata blocks, written one after the other."""
+    """A table of metadata blocks."""
 
     def __init__(self, order: str, pack: Pack | None, check: bool) -> None:
         self.order, self.pack, self.check = order, pack, check
         self.stored, self.pending = b"", b""
 
     def place(self) -> tuple[int, int]:
-        """(block, offset) of what is added next."""
+        """Return the (block, offset) of the next data."""
         return len(self.stored), len(self.pending)
 
     def add(self, data: bytes) -> None:
@@ -109,7 +109,7 @@ class Table:
 
 
 def bits(order: str, *fields: tuple[int, int]) -> bytes:
-    """(value, width) one after the other, from the highest bit on if big-endian, from the lowest if not."""
+    """Pack (value, width) pairs, from the highest bit on if big-endian, else from the lowest."""
     written = [format(value & ((1 << width) - 1), f"0{width}b") for value, width in fields]
     if order == ">":
         digits = "".join(written)
@@ -119,7 +119,7 @@ def bits(order: str, *fields: tuple[int, int]) -> bytes:
 
 
 class Writer:
-    """An image in the making."""
+    """A writer of an image."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Writer:
             self.tail = b""
 
     def _content(self, node: Node) -> tuple[int, int, int, list[int]]:
-        """Write the data of a file; start, fragment, offset in it, block list."""
+        """Write the data of a file; return start, fragment, offset in it, and block list."""
         size, content = self.block_size, node.content
         to_fragment = node.fragment and self.version[0] > 1
         whole = len(content) // size * size if to_fragment else len(content)
@@ -183,7 +183,7 @@ class Writer:
         return self.uids.index(node.uid), self.gids.index(node.gid)
 
     def _listing(self, node: Node) -> tuple[int, int, int]:
-        """Write a directory's names; block, offset, length. A header for each run of one metadata block."""
+        """Write a directory; return block, offset and length. Each run of one metadata block has a header."""
         block, offset = self.listings.place()
         data, names = b"", sorted(node.names.items())
         while names:
@@ -254,7 +254,7 @@ class Writer:
     def _of_1(
         self, kind: int, owner: int, rest: list[tuple[int, int]], more: bytes
     ) -> tuple[int, int, list[tuple[int, int]], bytes]:
-        """What version 1 has for a type, an owner, the fields of version 2 and a block list."""
+        """Return type, owner, fields of version 2 and block list, as version 1 stores them."""
         bank, owner = divmod(owner, 16)
         if kind in (6, 7):
             return 0, owner, [(kind, 4), (bank, 4)], more
@@ -278,7 +278,7 @@ class Writer:
         return position
 
     def finish(self, root: Node) -> bytes:
-        """The image of the tree below *root*."""
+        """Return the image of the tree below *root*."""
         self._number(root)
         self._add(root, 0)
         self._fragment()
@@ -331,7 +331,7 @@ _MODES = (0o100600, 0o40700, 0o60600, 0o10600, 0o140700)
 
 
 def sample() -> Node:
-    """A tree with each type, several headers and blocks of inodes and listings, and all ways of data."""
+    """Return a tree with all types of inodes and data, and several metadata blocks."""
     linked = Node(0o100644, text(9000), uid=1000, gid=100, nlink=2)
     many = {b"%s%04d" % (b"n" * 100, number): Node(0o120777, b"%0150d" % number) for number in range(100)}
     many |= {b"f%02d" % number: Node(0o100600, b"%d" % number) for number in range(40)}
@@ -351,7 +351,7 @@ def sample() -> Node:
         b"sock": Node(0o140755),
         b"\xff\xfe name": Node(0o40700, names={b"deep": Node(0o100640, b"deep")}, nlink=2),
     }
-    # More owners than an inode of version 1 has bits for.
+    # More owners than the bits of an inode of version 1 can number.
     names |= {b"o%d" % uid: Node(mode, uid=uid) for uid, mode in zip(range(50, 80), 6 * _MODES, strict=True)}
     return Node(0o40755, names=names, nlink=5 + 6, uid=0, gid=100)
 
@@ -365,7 +365,7 @@ KINDS: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
     "1.0 little": ((1, 0), "<", {}),
     "1.0 big checked": ((1, 0), ">", {"check": True}),
 }
-"""The images that are worth being read."""
+"""The images to read: version, byte order, and options."""
 
 SHSQ, SQLZ = 0x71736873, 0x73716C7A
 VENDORS: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
@@ -375,10 +375,10 @@ VENDORS: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
     "3.0 little Broadcom": ((3, 0), "<", {"pack": broadcom}),
     "2.1 big sized": ((2, 1), ">", {"pack": sized}),
 }
-"""The same with LZMA, as vendors had it."""
+"""Images with LZMA, as vendors wrote them."""
 
 
 def old_image(kind: str) -> bytes:
-    """One of :data:`KINDS` or :data:`VENDORS`, of :func:`sample`."""
-    version, order, how = (KINDS | VENDORS)[kind]
-    return Writer(version, order, **how).finish(sample())
+    """Return an image of :func:`sample`, of a kind in :data:`KINDS` or :data:`VENDORS`."""
+    version, order, options = (KINDS | VENDORS)[kind]
+    return Writer(version, order, **options).finish(sample())

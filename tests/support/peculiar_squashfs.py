@@ -1,4 +1,4 @@
-"""Images that are peculiar but valid, or that the kernel reads all the same; each with what is to be seen."""
+"""Images that are unusual but valid, or that the kernel reads anyway, with what they must show."""
 
 from __future__ import annotations
 
@@ -12,25 +12,20 @@ from typing import Any, NamedTuple
 import zstandard
 
 from tests.support.goblocks import BLOCKS
-from tests.support.squashcompare import (
-    Failed,
-    Seen,
-)
+from tests.support.squashcompare import Failed, Seen
 from tests.support.squashforge import DIRECTORY, NONE32, Entry, Forge
-from tests.support.squashfs import (
-    text,
-)
+from tests.support.squashfs import text
 
 RAW = 1 << 24
 EIO = Failed(errno.EIO)
 
 
 class Image(NamedTuple):
-    """A forged image."""
+    """A forged image, and what it must show."""
 
     raw: bytes
     shown: Seen
-    """A part of what must be shown, by path."""
+    """Part of what the image must show, by path."""
 
 
 Make = Callable[[], Image]
@@ -38,13 +33,13 @@ MAKERS: dict[str, Make] = {}
 
 
 def peculiar(make: Make) -> Make:
-    """Note a maker of images, by the name of the function."""
+    """Register a function that makes an image, by its name."""
     MAKERS[make.__name__.replace("_", " ")] = make
     return make
 
 
 def peculiar_for(*values: Any) -> Callable[[Callable[[Any], Image]], Callable[[Any], Image]]:
-    """Note one maker for each of *values*."""
+    """Register a function that makes an image, once for each of *values*."""
 
     def note(make: Callable[[Any], Image]) -> Callable[[Any], Image]:
         for value in values:
@@ -64,7 +59,7 @@ def pages(content: bytes) -> dict[str, Any]:
 
 
 def two_files(forge: Forge, **directory: int) -> Image:
-    """A root with two files, one of them in two blocks."""
+    """Return an image with two files, one of them in two blocks."""
     one = forge.small(b"alpha", 2)
     start = forge.block(b"b" * forge.block_size + b"tail")
     two = forge.file(forge.block_size + 4, start, [forge.block_size | RAW, 4 | RAW], 3)
@@ -80,7 +75,7 @@ def two_files(forge: Forge, **directory: int) -> Image:
 
 
 def file(forge: Forge, ref: int, content: list[Any], number: int = 2) -> Image:
-    """A root with one file."""
+    """Return an image with one file."""
     raw = forge.finish(forge.directory([Entry(b"x", ref, number=number)], 99))
     return Image(raw, {b"": names(b"x"), b"/x": {"pages": content}})
 
@@ -90,13 +85,13 @@ def file(forge: Forge, ref: int, content: list[Any], number: int = 2) -> Image:
 
 @peculiar_for(-3, -2, -1, 1, 2, 3, 4, 8, 20, 1000)
 def a_directory_states_a_size_that_is_off_by(more: int) -> Image:
-    """squashfs-tools-ng before 1.1.3 and go-diskfs before 2025 state it without the 3 (-3)."""
+    """squashfs-tools-ng before 1.1.3 and go-diskfs before 2025 leave out the 3 bytes of . and .. (-3)."""
     return two_files(Forge(), more=more)
 
 
 @peculiar_for(-3, 5)
 def a_directory_followed_by_another_states_a_size_that_is_off_by(more: int) -> Image:
-    """What the kernel reads behind the listing is the next one, if the size says so."""
+    """If the size reaches beyond the listing, the kernel continues with the next listing."""
     forge = Forge()
     file_ = forge.small(b"content", 2)
     below = forge.directory([Entry(b"f", file_, number=2)], 3, more=more)
@@ -108,7 +103,7 @@ def a_directory_followed_by_another_states_a_size_that_is_off_by(more: int) -> I
 
 @peculiar
 def names_in_no_order() -> Image:
-    """The kernel lists them, and does not find those behind one with a greater first byte: we do."""
+    """The kernel lists all names, but does not find those after one with a greater first byte. cowfs does."""
     forge = Forge()
     order = [b"b", b"a", b"c", b"bb", b"\xff", b"z", b"B"]
     entries = [Entry(name, forge.small(name, at), number=at) for at, name in enumerate(order, 2)]
@@ -193,7 +188,7 @@ def tables_with_something_between_them_and_behind_them() -> Image:
 
 @peculiar_for("fragment export id xattr", "xattr id export fragment", "id fragment xattr export")
 def tables_in_the_order(order: str) -> Image:
-    """The kernel mounts the first only. Where a table ends follows from where the others are, and no more."""
+    """The kernel mounts only the first order. The end of a table follows only from the start of the next."""
     forge = Forge(count=1, order=tuple(order.split()), xattr_keys=_key(b"a", b"1"), xattr_sets=[(0, 1, 10)])
     forge.fragments.append((forge.block(b"tail" * 50), 200 | RAW))
     ref = forge.large_file(100, 0, b"", 1, xattr=0, fragment=0, tail=20)
@@ -257,7 +252,7 @@ def something_behind_the_image() -> Image:
 
 @peculiar
 def an_empty_table_of_attributes() -> Image:
-    """The kernel wants none, or one with something in it."""
+    """The kernel accepts no table, or one that is not empty."""
     return two_files(Forge(xattr_keys=b"", xattr_sets=[]))
 
 
@@ -266,7 +261,7 @@ def an_empty_table_of_attributes() -> Image:
 
 @peculiar_for(0, 1, 0x7FFFFFFF, 0x80000000, NONE32)
 def a_file_of_the_time(mtime: int) -> Image:
-    """The format's times are unsigned: 1970 to 2106."""
+    """The times of the format are unsigned: 1970 to 2106."""
     forge = Forge()
     image = file(forge, forge.small(b"X", 2, mtime=mtime), [b"X"])
     image.shown[b"/x"] |= {"st_mtime_ns": mtime * 10**9, "st_ctime_ns": mtime * 10**9}
@@ -283,7 +278,7 @@ def as_many_owners_as_there_can_be_and_nobody() -> Image:
 
 @peculiar_for(0o100644, 0o104755)
 def a_mode_with_the_type_in_it(mode: int) -> Image:
-    """The kernel refuses that since 6.17 only."""
+    """The kernel refuses this since 6.17."""
     forge = Forge()
     one = forge.small(b"X", 2, mode=mode)
     shown = pages(b"X") | {"st_mode": mode}
@@ -352,7 +347,7 @@ def a_last_block_that_decompresses_to_more_than_the_file() -> Image:
 
 @peculiar
 def blocks_that_hold_less_than_they_should() -> Image:
-    """Whole pages can be read of them, and no others."""
+    """Only whole pages of the blocks can be read."""
     forge = Forge(block_size=16384)
     packed = zlib.compress(b"k" * 9000)
     start = forge.block(packed + b"r" * 5000 + b"w" * 16384)
@@ -398,7 +393,7 @@ def more_lengths_of_blocks_than_there_are_blocks() -> Image:
 
 @peculiar
 def fewer_lengths_of_blocks_than_there_are_blocks() -> Image:
-    """What there are is read; then comes something else, or nothing."""
+    """The existing blocks can be read; then follows other data, or an error."""
     forge = Forge()
     root = forge.directory([Entry(b"x", forge.next_ref(32), number=2)], 99)
     ref = forge.file(20 * 4096, forge.block(b"b" * 4096), [4096 | RAW, 0, NONE32], 2)
@@ -498,7 +493,7 @@ def data_and_a_fragment_compressed_in_go_by(which: str) -> Image:
 
 @peculiar_for(17, 20, 27)
 def zstd_with_a_window_of_two_to_the(power: int) -> Image:
-    """Larger than a block, as streaming compressors have it; they say how much there is all the same."""
+    """Larger than a block, as streaming compressors write it, but with the size of the content."""
     content = text(100_000)
     frame = zstandard.ZstdCompressor(level=3).compress(content)
     assert frame[4] == 0xA0, "one segment, its size in four bytes"

@@ -1,4 +1,4 @@
-"""Programs that fail or wait, in place of those of the system."""
+"""Replace programs of the system with scripts that fail or wait."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SBIN = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 @contextmanager
 def replaced(place: Path, **scripts: str) -> Iterator[None]:
-    """Let these programs be the given shell scripts, in which ``$real`` is the true one.
+    """Replace programs with shell scripts, in which ``$real`` is the original program.
 
-    Root's cowfs looks at no PATH: for root they are mounted over those of the system.
+    For root, the scripts are mounted over the programs, because cowfs ignores PATH when root runs it.
     """
     place.mkdir(exist_ok=True)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The ext3 engine, called as its C functions are."""
+"""The ext3 engine, called directly through its C functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = 2
 
 
 class Engine:
-    """An open image; errors are OSError."""
+    """An open image. Errors raise OSError."""
 
     def __init__(self, path: Path, flags: int = 0, cache: int = 0, debug: int = 0) -> None:
         out = ffi.new("x3_image **")
@@ -94,18 +94,18 @@ class Engine:
         flags: int = 0,
     ) -> Any:
         names = [ffi.from_buffer(source[1]), ffi.from_buffer(target[1])]
-        how = ffi.new("struct x3_rename *", {"ino": ino, "replaced": replaced, "flags": flags})
-        how.source_dir, how.target_dir = source[0], target[0]
-        how.source_name, how.target_name = (ffi.cast("char *", name) for name in names)
-        how.source_len, how.target_len = len(source[1]), len(target[1])
-        how.source_place = self.places[source]
+        request = ffi.new("struct x3_rename *", {"ino": ino, "replaced": replaced, "flags": flags})
+        request.source_dir, request.target_dir = source[0], target[0]
+        request.source_name, request.target_name = (ffi.cast("char *", name) for name in names)
+        request.source_len, request.target_len = len(source[1]), len(target[1])
+        request.source_place = self.places[source]
         if replaced:
-            how.target_place = self.places[target]
-        self.call("rename", how)
+            request.target_place = self.places[target]
+        self.call("rename", request)
         if not flags:
             del self.places[source]
-        self.places[target] = (how.place.block, how.place.offset)
-        return how
+        self.places[target] = (request.place.block, request.place.offset)
+        return request
 
     def write(self, ino: int, data: bytes, offset: int = 0) -> int:
         return self.call("write", ino, data, len(data), offset)
@@ -141,7 +141,7 @@ def sound(path: Path) -> None:
 
 
 def recovered(path: Path, copy: Path) -> Path:
-    """What a crash now would leave, after the journal's replay."""
+    """Copy the image as a crash would leave it, and replay the journal; return the copy."""
     shutil.copyfile(path, copy)
     done = subprocess.run(["e2fsck", "-p", copy], capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Every kind of request that a mount can be asked for, those that fail too, each ready to be made again."""
+"""Every kind of request to a mount, including requests that fail. Each can be repeated."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LOWER_FILES = 100
 
 
 def lower_tree(lower: Path) -> None:
-    """Make what the lower must hold."""
+    """Create the files that the lower must have."""
     (lower / "below").mkdir(parents=True)
     for number in range(LOWER_FILES):
         (lower / "below" / f"{number}").write_text(f"{number}\n")
 
 
 class Requests:
-    """Use as a context manager: it has files open."""
+    """The requests to a mount. Use it as a context manager, because it keeps files open."""
 
     def __init__(self, mount: Path) -> None:
         self.at = os.fspath(mount)
@@ -188,7 +188,7 @@ class Requests:
         os.close(fd)
 
     def _control(self, i: int) -> None:
-        """Ask the daemon, ask what it does not know, and leave without a word."""
+        """Send a command, an unknown command, and one whose reply is not read to the end."""
         if i % 20 == 0:
             list(ask(self.dev, "info"))
             with suppress(CowfsError):
@@ -203,7 +203,7 @@ TRUNCATING = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 
 
 def _in_turn(*steps: Callable[[int], object]) -> Callable[[int], object]:
-    """One request after the other."""
+    """Return a function that makes the requests one after the other."""
 
     def act(i: int) -> None:
         for step in steps:
@@ -213,7 +213,7 @@ def _in_turn(*steps: Callable[[int], object]) -> Callable[[int], object]:
 
 
 def _sometimes(every: int, *steps: Callable[[int], object]) -> Callable[[int], object]:
-    """The same, but only each time that the number is a multiple of *every*."""
+    """Return a function that makes the requests when the number is a multiple of *every*."""
 
     def act(i: int) -> None:
         if i % every == 0:
@@ -227,13 +227,13 @@ def touch(path: str, flags: int = 0) -> None:
 
 
 def make_null(path: str) -> None:
-    """Make the device that is a whiteout to a layer, and remove it."""
+    """Create a device 0:0, which is a whiteout in a layer, and remove it."""
     os.mknod(path, 0o20600, 0)
     os.unlink(path)
 
 
 def fails(call: Callable[..., object], *arguments: object) -> None:
-    """Call what must fail."""
+    """Make a call that must fail, but not with EIO."""
     try:
         call(*arguments)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""What takes set-ID bits, and what does not: every call, by everybody, on every kind of mode.
+"""Find out which calls remove set-ID bits: every call, by every user, on every kind of mode.
 
-``python -m tests.support.set_ids DIRECTORY`` runs as root in a tree that :func:`build` made and prints JSON:
-for each call its result, and the modes that four kinds of stat tell, to the caller and to others.
+``python -m tests.support.set_ids DIRECTORY`` must run as root in a tree that :func:`build` has made. It
+prints JSON: the result of each call, and the modes that four kinds of stat return, to the caller and to
+others.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CALLERS: dict[str, tuple[int, int, list[int]]] = {
 
 
 def statx_mode(path: str, flags: int, fd: int = -100) -> str:
-    """The mode that statx(2) tells when asked for nothing else."""
+    """Return the mode that statx(2) returns if asked only for the mode."""
     buffer = ctypes.create_string_buffer(256)
     if _libc.statx(fd, os.fsencode(path), flags, _STATX_MODE, buffer):
         return f"errno {ctypes.get_errno()}"
@@ -48,13 +49,13 @@ def statx_mode(path: str, flags: int, fd: int = -100) -> str:
 
 
 def modes(path: str) -> list[str]:
-    """What the kinds of stat tell: without asking, as stat(2) does, asking in any case, and stat(2)."""
+    """Return the modes of statx(2) with and without a request to the daemon, and of stat(2)."""
     asked = [statx_mode(path, flags) for flags in (_DONT_SYNC, 0, _FORCE_SYNC)]
     return [*asked, f"{os.stat(path).st_mode:o}"]
 
 
 def acl(*permissions: int, user: int | None = None) -> bytes:
-    """An ACL of owner, group and others, and of one more *user*, in the form that the kernel takes."""
+    """Return an ACL for owner, group and others, and one more *user*, in the kernel's format."""
     owner, group, others = permissions
     entries = [(1, owner, -1), (4, group, -1), (0x20, others, -1)]
     if user is not None:
@@ -178,7 +179,7 @@ def _place(directory: str | Path, operation: str, caller: str, file: str) -> str
 
 
 def build(directory: Path) -> None:
-    """Make a file for each operation, caller and mode."""
+    """Create a file for each operation, caller and mode."""
     directory.mkdir()
     directory.chmod(0o777)
     for operation in OPERATIONS:
@@ -195,8 +196,8 @@ def build(directory: Path) -> None:
 
 
 def run(directory: str) -> dict[str, Any]:
-    """Do everything; return the results by what was done."""
-    os.chdir(directory)  # what is above it the others may not enter
+    """Make all calls; return the results by description."""
+    os.chdir(directory)  # other users may not enter the directories above it
     return {
         f"{operation}, by {caller}, of {file}": _as(caller, _place("", operation, caller, file), act)
         for operation, act in OPERATIONS.items()

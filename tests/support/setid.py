@@ -1,7 +1,7 @@
-"""Run in a tree: do to files what may take set-ID bits and capabilities from them, and print what is seen.
+"""Make calls that may remove set-ID bits and capabilities from files in a tree, and print the results.
 
-``python -m tests.support.setid make TREE`` makes the files, ``... do TREE WHERE`` does it to them. Where it
-does the same is decided by whoever compares the outputs: the kernel's filesystems are the reference.
+``python -m tests.support.setid make TREE`` creates the files; ``... do TREE WHERE`` makes the calls. The
+tests compare the output with that of the kernel's filesystems.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from cowfs.layers import acl
 
 OWNER, MEMBER, STRANGER, FOREIGN = 4001, 4002, 4003, 4009
-"""The files' owner and group; a member of the group; one who is not; a group that neither is in."""
+"""The owner and group of the files; a member of the group; a non-member; a group without members."""
 SMALL, BIG = 10, 70_000
 CAPABILITY = struct.pack("<5I", 0x2000001, 1 << 10, 0, 0, 0)
 MODES = (0o6777, 0o2767)
@@ -32,7 +32,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def lacks(capability: int) -> None:
-    """Give up one capability, for good."""
+    """Drop one capability permanently."""
     head, data = (
         ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0)),
         ctypes.create_string_buffer(24),
@@ -49,9 +49,9 @@ class Who(NamedTuple):
     gid: int
     groups: tuple[int, ...] = ()
     keeps: bool = False
-    """Has CAP_FSETID, which is root's, although it is not root."""
+    """Whether it has CAP_FSETID although it is not root."""
     lacks: bool = False
-    """Has it not, although it is root."""
+    """Whether it lacks CAP_FSETID although it is root."""
 
     def become(self) -> None:
         if self.lacks:
@@ -98,7 +98,7 @@ def spliced(fd: int) -> None:
 
 
 def copied(fd: int) -> None:
-    """Within the filesystem, or by way of the page cache."""
+    """Copy within the filesystem."""
     os.lseek(fd, 0, os.SEEK_SET)
     os.copy_file_range(fd, fd, 2, offset_src=0, offset_dst=5)
 
@@ -115,7 +115,7 @@ def cloned(fd: int) -> None:
 
 
 def by_io_uring(fd: int) -> None:
-    """One write, as io_uring(7) has it done; by write(2) where that may not be had."""
+    """Write with io_uring(7), or with write(2) if it is not available."""
     parameters = ctypes.create_string_buffer(120)
     ring = _libc.syscall(425, 1, parameters)
     if ring < 0:
@@ -150,7 +150,6 @@ BY_DESCRIPTOR: dict[str, Callable[[int], object]] = {
     "fchmod to the same": lambda fd: os.fchmod(fd, os.fstat(fd).st_mode & 0o7777),
     "utime": os.utime,
 }
-FOR_THE_OWNER = {"fchmod to the same", "utime"}
 AN_ACL = acl.build([(1, 7, 2**32 - 1), (2, 7, 77), (4, 5, 2**32 - 1), (16, 7, 2**32 - 1), (32, 6, 2**32 - 1)])
 BY_NAME: dict[str, Callable[[str], object]] = {
     "append": lambda path: os.write(os.open(path, os.O_WRONLY | os.O_APPEND), b"x"),
@@ -176,11 +175,11 @@ class Case(NamedTuple):
     who: str
     mode: int
     opener: str = ""
-    """Who has opened the file that *who* uses; "": itself."""
+    """The user who opens the file for *who*; "" if *who* does."""
     foreign: bool = False
-    """The file belongs to a group that nobody is in."""
+    """Whether the file has a group that no user is in."""
     bare: bool = False
-    """It has no capabilities."""
+    """Whether the file has no capabilities."""
 
     def name(self) -> str:
         group = ("foreign " if self.foreign else "") + ("bare " if self.bare else "")
@@ -216,10 +215,10 @@ def make(tree: str) -> None:
             with open(path, "wb") as file:
                 file.write(b"x" * size)
             os.chown(path, OWNER, FOREIGN if case.foreign else OWNER)
-            dress(path, case)
+            set_attributes(path, case)
 
 
-def dress(path: str, case: Case) -> None:
+def set_attributes(path: str, case: Case) -> None:
     os.chmod(path, case.mode)
     if not case.bare:
         os.setxattr(path, "security.capability", CAPABILITY)
@@ -240,7 +239,7 @@ def statx(path: str, flags: int) -> str:
 
 
 def act(path: str, case: Case) -> str:
-    """Do it in a process of its own; return how it went and the mode that it has seen then."""
+    """Make the call in a new process; return its outcome and the mode that it has seen."""
     ours, theirs = socket.socketpair()
     fd = -1
     child = os.fork()
@@ -286,33 +285,33 @@ def outcome(path: str, case: Case, fd: int) -> str:
 
 
 def see(path: str) -> dict[str, str]:
-    seen = {"DONT_SYNC": statx(path, DONT_SYNC)}  # before anything makes the kernel ask
-    seen["statx"] = statx(path, 0)  # what the kernel runs a program by
+    seen = {"DONT_SYNC": statx(path, DONT_SYNC)}  # before a call that makes the kernel send GETATTR
+    seen["statx"] = statx(path, 0)  # the mode that execve(2) uses
     seen["FORCE_SYNC"] = statx(path, FORCE_SYNC)
     seen["stat"] = f"{os.stat(path).st_mode & 0o7777:o}"
     seen["capability"] = str("security.capability" in os.listxattr(path))
     return seen
 
 
-def written(path: str) -> None:
-    """Let the kernel write what was changed in memory."""
+def write_back(path: str) -> None:
+    """Write changes in memory back to the file."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
 
 
 def do(tree: str, where: str) -> dict[str, dict[str, str]]:
-    """*where*: ``lower``, as it was made; ``upper`` and ``metacopy``: after a change of the mode."""
+    """Make all calls. *where* is ``lower``, or ``upper`` or ``metacopy`` after a change of mode."""
     results = {}
     for number, case in enumerate(cases()):
         path = f"{tree}/{name_of(number, BIG if where == 'metacopy' else SMALL)}"
         if where != "lower":
-            dress(path, case)
+            set_attributes(path, case)
         statx(path, FORCE_SYNC)
         said = act(path, case)
         results[case.name()] = {"said": said, **see(path)}
         if case.what == "mmap":
-            written(path)
+            write_back(path)
         results[case.name()]["later"] = f"{os.stat(path).st_mode & 0o7777:o}"
     return results
 

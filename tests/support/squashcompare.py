@@ -1,7 +1,7 @@
-"""What the kernel shows of a squashfs image beside what our reader shows: everything, errors included.
+"""Compare what the kernel and cowfs show of a squashfs image, including errors.
 
-An observation is ``{path: {what: value}}``; a value that could not be had is :class:`Failed`. The kernel
-is the reference: what it shows we must show, byte for byte. Where it fails we may show more.
+An observation is ``{path: {fact: value}}``; :class:`Failed` stands for a value that could not be read. The
+kernel is the reference: cowfs must show the same, byte for byte. Where the kernel fails, cowfs may show more.
 """
 
 from __future__ import annotations
@@ -10,26 +10,23 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cowfs.layers.squashfs import SquashfsLayer
-from cowfs.linux.loop_devices import attach_loop
-from cowfs.linux.mounts import detached_mount
 from tests.support.listing import names_of
-from tests.support.squashfs import FIELDS
+from tests.support.squashfs import FIELDS, kernel_root
 
 PAGE = 4096
 ABSENT = (b"!", b"m-absent", b"~", b"\xff\xff")
-"""Names before, between and behind all others."""
+"""Names that do not exist, sorted before, between and after all others."""
 MOST = 5000
-"""Names that are looked at, so that a tree without end has one."""
+"""The maximum number of names to look at, because a tree may be endless."""
 
 
 class Failed(NamedTuple):
-    """What could not be had, and why."""
+    """A value that could not be read, and the errno."""
 
     code: int
 
@@ -41,7 +38,7 @@ Seen = dict[bytes, dict[str, Any]]
 
 
 def attempt(call: Callable[[], Any]) -> Any:
-    """What *call* gives, or how it failed."""
+    """Return the result of *call*, or how it failed."""
     try:
         return call()
     except OSError as error:
@@ -49,30 +46,13 @@ def attempt(call: Callable[[], Any]) -> Any:
         return Failed(error.errno)
 
 
-@contextmanager
-def kernels_root(image: Path) -> Iterator[bytes]:
-    """The path of the image's root, mounted by the kernel, in no namespace. OSError when it refuses."""
-    raw = image.read_bytes()
-    whole = image.with_suffix(".whole")
-    whole.write_bytes(raw + bytes(-len(raw) % PAGE))  # a loop device has whole sectors only
-    loop, device = attach_loop(os.fspath(whole), readonly=True)
-    try:
-        root = detached_mount("squashfs", device, {}, readonly=True)
-    finally:
-        os.close(loop)
-        whole.unlink()
-    try:
-        yield b"/proc/self/fd/%d" % root
-    finally:
-        os.close(root)
-
-
 def _fields(attr: Any) -> dict[str, Any]:
     return {field: getattr(attr, field) for field in FIELDS}
 
 
-def seen_by_kernel(top: bytes) -> Seen:
-    """What the kernel shows of the tree at *top*."""
+def seen_by_kernel(root: int) -> Seen:
+    """Return what the kernel shows of the tree at the descriptor *root*."""
+    top = b"/proc/self/fd/%d" % root
     seen: Seen = {}
     pending = [b""]
     while pending and len(seen) < MOST:
@@ -110,14 +90,14 @@ def _kernels_pages(path: bytes, size: int) -> list[Any]:
 
 
 def _offsets(size: int) -> list[int]:
-    """Where to read a page of a file of *size* bytes: everywhere, or at both ends of a huge one."""
+    """Return the offsets of all pages of a file of *size* bytes, or of both ends of a huge one."""
     pages = (size + PAGE - 1) // PAGE
     numbers = range(pages) if pages <= 1024 else [*range(512), *range(pages - 512, pages)]
     return [number * PAGE for number in numbers]
 
 
 def seen_by_us(layer: SquashfsLayer) -> Seen:
-    """What our layer shows."""
+    """Return what our layer shows."""
     seen: Seen = {}
     pending: list[tuple[bytes, Any]] = [(b"", lambda: (layer.root, layer.stat(layer.root)))]
     while pending and len(seen) < MOST:
@@ -163,7 +143,7 @@ def _our_pages(layer: SquashfsLayer, key: Any, size: int) -> list[Any]:
 
 
 def differences(ours: Seen, kernels: Seen) -> list[str]:
-    """Each thing that the kernel shows and we do not, or otherwise; and what only we list."""
+    """Return a line for each difference from what the kernel shows."""
     found = []
     for path, theirs in kernels.items():
         mine = ours.get(path)
@@ -198,5 +178,5 @@ def _pages(path: bytes, theirs: list[Any], mine: list[Any]) -> list[str]:
 if __name__ == "__main__":
     image_ = Path(sys.argv[1])
     layer_ = SquashfsLayer(sys.argv[1])
-    with kernels_root(image_) as top_:
-        print("\n".join(differences(seen_by_us(layer_), seen_by_kernel(top_))))
+    with kernel_root(image_) as root_:
+        print("\n".join(differences(seen_by_us(layer_), seen_by_kernel(root_))))

@@ -1,7 +1,7 @@
-"""Squashfs images written byte by byte: for what no honest tool would write.
+"""Write squashfs images byte by byte, to make images that no normal tool would write.
 
-Metadata is stored uncompressed (but see ``pack``), so where everything will be is known beforehand,
-and an inode may refer to what is written after it: to its own directory, for instance.
+Metadata is stored uncompressed (except with ``pack``), so all positions are known in advance, and an inode
+can refer to something that is written later, for example to its own directory.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 METADATA = 8192
 NONE64 = 0xFFFF_FFFF_FFFF_FFFF
 NONE32 = 0xFFFF_FFFF
-DIRECTORY, FILE, SYMLINK = 1, 2, 3
-
+DIRECTORY, FILE = 1, 2
 
 Pack = Callable[[bytes], bytes]
 
 
 def metadata(data: bytes, chunk: int = METADATA, pack: Pack | None = None) -> bytes:
-    """*data* as metadata blocks of *chunk* bytes, compressed by *pack* or not at all."""
+    """Return *data* as metadata blocks of *chunk* bytes, compressed by *pack* or uncompressed."""
     parts = [data[start : start + chunk] for start in range(0, len(data), chunk)]
     if pack is None:
         return b"".join(struct.pack("<H", len(part) | 0x8000) + part for part in parts)
@@ -28,7 +27,7 @@ def metadata(data: bytes, chunk: int = METADATA, pack: Pack | None = None) -> by
 
 
 def place(position: int, chunk: int = METADATA) -> tuple[int, int]:
-    """(block, offset) of what is at *position* of a table, counted without the blocks' headers."""
+    """Return the (block, offset) of *position* in a table, which does not count the blocks' headers."""
     return position // chunk * (chunk + 2), position % chunk
 
 
@@ -41,12 +40,12 @@ class Entry:
     kind: int = FILE
     number: int = 1
     count: int | None = None
-    """What the header before it claims to head, when not one entry."""
+    """The number of entries that the header before it claims, if not one."""
 
 
 @dataclass
 class Forge:
-    """An image in the making."""
+    """A forged image, before it is written."""
 
     block_size: int = 4096
     compressor: int = 1
@@ -57,34 +56,34 @@ class Forge:
     xattr_keys: bytes | None = None
     xattr_sets: list[tuple[int, int, int]] = field(default_factory=list)
     count: int = 100
-    """How many inodes the superblock claims; a number for a new one is not counted."""
+    """The number of inodes in the superblock. New inodes do not change it."""
     owners: list[int] = field(default_factory=lambda: [0])
     options: bytes | None = None
-    """The options of the compressor, as they are stored; the superblock then says that there are some."""
+    """The stored options of the compressor. If set, the superblock says that there are some."""
     chunk: int = METADATA
-    """Bytes in a metadata block of inodes, listings and attributes: a whole one is the rule."""
+    """Bytes in a metadata block of inodes, listings and attributes; normally a whole block."""
     pack: Pack | None = None
-    """Compresses all metadata; then there may be but one block of inodes and one of listings."""
+    """A function that compresses metadata. There may be only one block of inodes and one of listings."""
     export: list[int] | None = None
-    """The references of the inodes by their numbers, from 1 on."""
+    """The references of the inodes by number, from 1."""
     order: tuple[str, ...] = ("fragment", "export", "id", "xattr")
-    """Of the tables behind the directories. The kernel wants this one."""
+    """The order of the tables after the directories. The kernel accepts only this one."""
     gap: bytes = b""
-    """What is between two tables."""
+    """Data between two tables."""
     padding: bytes = b""
-    """What is at the end of the blocks of the tables of owners and of fragments."""
+    """Data at the end of the blocks of the tables of owners and fragments."""
 
     def __post_init__(self) -> None:
         if self.options is not None:
             self.data += metadata(self.options)
 
     def block(self, data: bytes) -> int:
-        """Put bytes where data blocks are; returns where."""
+        """Add data; return its position."""
         self.data += data
         return 96 + len(self.data) - len(data)
 
     def next_ref(self, after: int = 0) -> int:
-        """The reference of the inode to be added *after* bytes of inodes from here."""
+        """Return the reference of the inode that is added after *after* more bytes of inodes."""
         block, offset = place(len(self.inodes) + after, self.chunk)
         return block << 16 | offset
 
@@ -98,13 +97,13 @@ class Forge:
         group: int = 0,
         mtime: int = 1_600_000_000,
     ) -> int:
-        """Add an inode; returns its reference."""
+        """Add an inode; return its reference."""
         ref = self.next_ref()
         self.inodes += struct.pack("<4H2I", kind, mode, owner, group, mtime, number) + body
         return ref
 
     def small(self, content: bytes, number: int = 1, **base: int) -> int:
-        """Add a basic file with a block list of one block, that is not compressed."""
+        """Add a basic file with one uncompressed block; return its reference."""
         word = len(content) | 1 << 24 if content else 0
         body = struct.pack("<IIIII", self.block(content), NONE32, 0, len(content), word)
         return self.inode(FILE, body if content else body[:-4], number, **base)
@@ -118,7 +117,7 @@ class Forge:
         fragment: int = NONE32,
         tail: int = 0,
     ) -> int:
-        """Add a basic file."""
+        """Add a basic file; return its reference."""
         body = struct.pack(f"<IIII{len(words)}I", start, fragment, tail, size, *words)
         return self.inode(FILE, body, number)
 
@@ -132,12 +131,12 @@ class Forge:
         fragment: int = NONE32,
         tail: int = 0,
     ) -> int:
-        """Add an extended file; *words* is its block list as it is stored."""
+        """Add an extended file; *words* is its stored block list. Return its reference."""
         body = struct.pack("<QQQIIII", start, size, 0, 1, fragment, tail, xattr) + words
         return self.inode(9, body, number)
 
     def listing(self, entries: list[Entry]) -> tuple[int, int, int]:
-        """Add a listing in which each entry has a header; returns (block, offset, size) for the inode."""
+        """Add a listing with a header for each entry; return (block, offset, size) for the inode."""
         begin = len(self.listings)
         for entry in entries:
             count = 0 if entry.count is None else entry.count
@@ -147,7 +146,7 @@ class Forge:
         return (*place(begin, self.chunk), len(self.listings) - begin + 3)
 
     def group(self, entries: list[Entry], count: int | None = None) -> None:
-        """Add entries below one header to the listing being made; *count* is what the header claims."""
+        """Add entries with one header to the current listing; the header claims *count* entries."""
         first = entries[0]
         count = len(entries) if count is None else count
         self.listings += struct.pack("<III", (count - 1) & NONE32, first.ref >> 16, first.number)
@@ -159,7 +158,7 @@ class Forge:
     def directory(
         self, entries: list[Entry], number: int = 1, parent: int = 1, more: int = 0, **base: int
     ) -> int:
-        """Add a directory with a listing of its own, whose size it states *more* bytes too large."""
+        """Add a directory and its listing, with a size that is *more* bytes too large."""
         block, offset, size = self.listing(entries)
         body = struct.pack("<IIHHI", block, 2, size + more, offset, parent)
         return self.inode(DIRECTORY, body, number, **base)
@@ -172,7 +171,7 @@ class Forge:
         index: list[tuple[int, int, bytes]] | None = None,
         number: int = 1,
     ) -> int:
-        """Add an extended directory; *index*: (offset in the listing, block, name)."""
+        """Add an extended directory; *index* has (offset in the listing, block, name)."""
         index = index or []
         body = struct.pack("<IIIIHHI", 2, size, block, 1, len(index), offset, NONE32)
         for where, at, name in index:
@@ -180,7 +179,7 @@ class Forge:
         return self.inode(8, body, number)
 
     def finish(self, root: int, **superblock: int) -> bytes:
-        """The image. Any field of the superblock can be given another value."""
+        """Return the image, with any fields of the superblock replaced."""
         image = bytearray(96) + self.data
         tables = {"inode_table": len(image)}
         image += metadata(bytes(self.inodes), self.chunk, self.pack) + self.gap
@@ -213,7 +212,7 @@ class Forge:
         return bytes(image)
 
     def _table(self, name: str, image: bytearray) -> int:
-        """Add one of the tables behind the directories, if it is wanted; returns what the superblock says."""
+        """Add a table after the directories, if there is one; return its position for the superblock."""
         if name == "id":
             return self._indexed(image, struct.pack(f"<{len(self.owners)}I", *self.owners))
         if name == "export" and self.export is not None:

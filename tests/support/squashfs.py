@@ -1,4 +1,4 @@
-"""Squashfs images for tests, the kernel's view of them, and what it means that two views are equal."""
+"""Squashfs images for tests, the kernel's view of them, and comparisons of two views."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ BLOCK = 128 << 10
 
 
 def noise(size: int, seed: int = 0) -> bytes:
-    """Bytes that do not compress, the same at each run."""
+    """Return bytes that do not compress, the same for the same *seed*."""
     return random.Random(seed).randbytes(size)
 
 
 def text(size: int, seed: int = 0) -> bytes:
-    """Bytes that compress well, of which no two blocks are equal."""
+    """Return bytes that compress well, without two equal blocks."""
     lines = (b"line %d of %d\n" % (number, seed) for number in range(size))
     out = bytearray()
     while len(out) < size:
@@ -47,7 +47,7 @@ def text(size: int, seed: int = 0) -> bytes:
 
 
 def sample_tree(top: Path) -> Path:
-    """A tree that has one of everything anybody but root can make, and things of odd sizes."""
+    """Create a tree with every kind of file that needs no root, and with unusual sizes."""
     top.mkdir(parents=True)
     sizes = {"empty": 0, "one": 1, "small": 4095, "page": 4096, "tail": BLOCK + 17, "block": BLOCK}
     for seed, (name, size) in enumerate(sizes.items()):
@@ -101,7 +101,7 @@ def _set_xattrs(top: Path) -> None:
         os.chown(top / "link", 70000, 80000, follow_symlinks=False)
 
 
-# Made by mksquashfs itself, so that no privilege is needed.
+# mksquashfs creates these itself, which needs no privilege.
 DEVICES = (
     "dev d 755 0 0",
     "dev/null c 666 0 0 1 3",
@@ -114,7 +114,7 @@ DEVICES = (
 
 
 def mksquashfs(image: Path, *sources: Path | str, options: tuple[str, ...] = ()) -> Path:
-    """Make an image."""
+    """Make an image with mksquashfs; return its path."""
     run(
         "mksquashfs", *sources, image, "-noappend", "-quiet", "-no-progress", "-processors", "2", *options,
         timeout=600,
@@ -123,12 +123,12 @@ def mksquashfs(image: Path, *sources: Path | str, options: tuple[str, ...] = ())
 
 
 def devices() -> tuple[str, ...]:
-    """Options of mksquashfs that add a directory ``dev`` with special files."""
+    """Return options of mksquashfs that add a directory ``dev`` with special files."""
     return tuple(part for line in DEVICES for part in ("-p", line))
 
 
 def tar2sqfs(image: Path, top: Path, *options: str) -> Path:
-    """Make an image from a tar of *top* with tar2sqfs."""
+    """Make an image from a tar archive of *top* with tar2sqfs; return its path."""
     tar = ["tar", "-C", os.fspath(top), "--xattrs", "--sort=name", "-cf", "-", "."]
     with subprocess.Popen(tar, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as packing:
         subprocess.run(
@@ -142,7 +142,7 @@ def tar2sqfs(image: Path, top: Path, *options: str) -> Path:
 
 
 def small_images(directory: Path) -> list[Path]:
-    """Images of 16 to 52 KiB, one for each compressor and two uncompressed: to begin damaging with."""
+    """Make images of 16 to 52 KiB, to damage them: one for each compressor, and two uncompressed."""
     directory.mkdir(parents=True, exist_ok=True)
     top = directory / "tree"
     (top / "dir" / "deep").mkdir(parents=True)
@@ -176,22 +176,33 @@ def small_images(directory: Path) -> list[Path]:
 
 @contextmanager
 def kernel_view(image: Path) -> Iterator[DirectoryLayer]:
-    """What the kernel's own squashfs shows of *image*; needs root. Nothing is mounted anywhere."""
-    padding = -image.stat().st_size % 4096
-    if padding:  # a loop device has whole sectors only
-        padded = image.with_suffix(".padded")
-        padded.write_bytes(image.read_bytes() + bytes(padding))
-        image = padded
-    loop, device = attach_loop(os.fspath(image), readonly=True)
+    """Open *image* as the kernel's squashfs shows it, as a layer; needs root."""
+    with kernel_root(image) as root:
+        layer = DirectoryLayer(os.dup(root), os.fspath(image))
+        try:
+            yield layer
+        finally:
+            layer.close()
+
+
+@contextmanager
+def kernel_root(image: Path) -> Iterator[int]:
+    """Mount *image* with the kernel's squashfs in no namespace; yield a descriptor of its root.
+
+    OSError if the kernel refuses the image.
+    """
+    padded = image.with_suffix(".padded")
+    padded.write_bytes(image.read_bytes() + bytes(-image.stat().st_size % 4096))  # to whole sectors
+    loop, device = attach_loop(os.fspath(padded), readonly=True)
     try:
-        fd = detached_mount("squashfs", device, {}, readonly=True)
+        root = detached_mount("squashfs", device, {}, readonly=True)
     finally:
         os.close(loop)
-    layer = DirectoryLayer(fd, os.fspath(image))
+        padded.unlink()
     try:
-        yield layer
+        yield root
     finally:
-        layer.close()
+        os.close(root)
 
 
 FIELDS = (
@@ -209,7 +220,7 @@ FIELDS = (
 
 
 def view(layer: LowerLayer, *, content: bool = True) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(path, everything that can be asked about it) of everything in a layer, in order of the paths."""
+    """Yield each path in a layer with everything that the layer shows of it, in the order of the paths."""
     root = layer.stat(layer.root)
     pending = [(b"", layer.root, root)]
     while pending:
@@ -239,7 +250,7 @@ def view(layer: LowerLayer, *, content: bool = True) -> Iterator[tuple[bytes, di
 
 
 def digest(layer: LowerLayer, key: Any, size: int) -> str:
-    """SHA-256 of a file's content, its size, and of where it has holes only that they read as zeros."""
+    """Return the SHA-256 of a file's content. Of huge files, read only the data segments."""
     file = layer.open(key, os.O_RDONLY)
     try:
         value = hashlib.sha256()
@@ -263,7 +274,7 @@ def digest(layer: LowerLayer, key: Any, size: int) -> str:
 
 
 def xattrs(layer: LowerLayer, key: Any) -> dict[bytes, bytes]:
-    """All extended attributes; none where the layer has no such thing."""
+    """Return all extended attributes; none if the layer does not support them."""
     try:
         return {name: layer.getxattr(key, name) for name in layer.listxattr(key)}
     except OSError as error:
@@ -273,7 +284,7 @@ def xattrs(layer: LowerLayer, key: Any) -> dict[bytes, bytes]:
 
 
 def assert_equal(ours: LowerLayer, theirs: LowerLayer, *, content: bool = True) -> int:
-    """Every field of everything is the same in both; returns how many inodes were compared."""
+    """Fail unless every field of every inode is the same in both; return the number of inodes."""
     count = 0
     handles = ours.handle(ours.root) is not None and theirs.handle(theirs.root) is not None
     for (path, mine), (other_path, other) in zip(

@@ -1,4 +1,4 @@
-"""The surroundings of the tests: a mount namespace of their own, another user, privileges."""
+"""The environment of the tests: a private mount namespace, another user, privileges."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ needs_fuse = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="needs /
 
 
 def isolate(scratch: Path) -> None:
-    """Give this process mounts of its own, and everybody in there a /dev/fuse to open.
+    """Move this process to a private mount namespace, with a /dev/fuse that every user can open.
 
-    What a test mounts is seen by nobody else and is gone with the last process of the run. So are the
-    daemons' control sockets: other runs neither ask nor remove them. As anybody but root this does nothing.
+    Mounts of tests are invisible outside, and disappear with the last process of the run. So do the control
+    sockets of daemons, which other runs neither use nor remove. Does nothing unless root runs it.
     """
     if os.geteuid() != 0:
         return
@@ -36,7 +36,7 @@ def isolate(scratch: Path) -> None:
     if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) != 0:
         raise OSError(ctypes.get_errno(), "mount --make-rprivate /")
     if os.path.exists("/dev/fuse") and stat.S_IMODE(os.stat("/dev/fuse").st_mode) != 0o666:
-        # What udev does on every machine that runs it; a bare container has 0600.
+        # udev sets this mode; in a container without udev it is 0600.
         node = scratch / "dev-fuse"
         os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(10, 229))
         os.chmod(node, 0o666)
@@ -57,29 +57,23 @@ def _bind(libc: ctypes.CDLL, source: Path, target: str) -> None:
 
 @functools.cache
 def makes_user_namespaces() -> bool:
-    """Whether one can make a namespace of users here: in a chroot nobody can (user_namespaces(7))."""
+    """Return whether root and nobody can create user namespaces, which is impossible in a chroot."""
     tried = [["unshare", "--user", "true"], [*as_nobody_prefix(), "unshare", "--user", "true"]]
     return all(run(*command, check=False).returncode == 0 for command in tried)
 
 
 def as_nobody_prefix() -> list[str]:
-    """What to put before a command to run it as nobody, without any privilege."""
+    """Return the words to put before a command to run it as nobody, without privileges."""
     if os.geteuid() != 0:
         return []
-    return [
-        "setpriv",
-        f"--reuid={NOBODY}",
-        f"--regid={NOBODY}",
-        "--clear-groups",
-        "--inh-caps=-all",
-        "--",
-    ]
+    ids = [f"--reuid={NOBODY}", f"--regid={NOBODY}"]
+    return ["setpriv", *ids, "--clear-groups", "--inh-caps=-all", "--"]
 
 
 def run(
     *command: str | bytes | os.PathLike[str], timeout: float = 60, check: bool = True, **more: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, its output as text; a failure is an assertion error that shows the output."""
+    """Run a command and capture its output as text; if *check*, fail with the output if the command fails."""
     done = subprocess.run(  # type: ignore[call-overload]
         command,
         stdin=subprocess.DEVNULL,
@@ -95,7 +89,7 @@ def run(
 
 
 def require_success(done: subprocess.CompletedProcess[str]) -> None:
-    """Raise an assertion error that shows the output, unless the command's exit code is 0."""
+    """Raise an AssertionError with the output unless the command's exit status is 0."""
     if done.returncode != 0:
         shown = " ".join(os.fsdecode(part) for part in done.args)
         raise AssertionError(f"{shown}: exit {done.returncode}\n{done.stdout}{done.stderr}")

@@ -1,4 +1,4 @@
-"""What runs by day of a test with several parameters."""
+"""The combinations of a test's parameters that run by day."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.by_day import choose
 
 
 @pytest.mark.parametrize("seed", range(7))
-def test_each_value_comes_and_few_combinations(seed: int) -> None:
+def test_few_combinations_have_each_value(seed: int) -> None:
     combinations = [frozenset(enumerate(values)) for values in product(range(2), range(3), range(5))]
     chosen = choose(combinations, seed)
     assert frozenset[object]().union(*(combinations[number] for number in chosen)) == frozenset(
@@ -20,7 +20,7 @@ def test_each_value_comes_and_few_combinations(seed: int) -> None:
     assert choose(combinations, seed) == chosen
 
 
-def test_they_differ_from_test_to_test() -> None:
+def test_combinations_differ_between_tests() -> None:
     combinations = [frozenset(enumerate(values)) for values in product(range(2), range(2))]
     assert {frozenset(choose(combinations, seed)) for seed in range(4)} == {
         frozenset({0, 3}),
@@ -28,5 +28,5 @@ def test_they_differ_from_test_to_test() -> None:
     }
 
 
-def test_without_parameters_it_runs() -> None:
+def test_a_test_without_parameters_runs() -> None:
     assert choose([frozenset()], 5) == {0}

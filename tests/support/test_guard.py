@@ -1,4 +1,4 @@
-"""The watch itself: it names what a test leaves behind, and takes it away."""
+"""The guard reports what a test leaves behind, and removes it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def test_a_mount_and_its_loop_device(surroundings: guard.Guard, tmp_path: Path) 
     assert guard.Guard(surroundings.mark, surroundings.below).left_behind(0) == []
 
 
-def test_snapshots_tell_differences(tmp_path: Path) -> None:
-    """What the comparisons rest on: each kind of change is seen."""
+def test_snapshots_show_each_kind_of_change(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     contents: tree.Tree = {"d/a": b"a", "b": tree.link("d/a"), "s": tree.symlink("x"), "x": b"12"}
     for place in (one, two):

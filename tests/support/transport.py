@@ -1,4 +1,4 @@
-"""Both ways that requests come by: io_uring, where the kernel has it, and /dev/fuse."""
+"""The transports of FUSE requests: io_uring, if the kernel has it, and /dev/fuse."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SWITCH = Path("/sys/module/fuse/parameters/enable_uring")
 IO_URING, DEV_FUSE = "io_uring", "dev_fuse"
 
 
-def turn(way: str) -> str:
-    """Have the kernel offer io_uring (Y), or not (N), if it can and we may; return what it did before."""
+def set_io_uring(value: str) -> str:
+    """Set whether the kernel offers io_uring (Y or N), if root runs this; return the old value or ""."""
     if os.geteuid() != 0 or not SWITCH.exists():
         return ""
-    before = SWITCH.read_text().strip()
-    if way and way != before:
-        SWITCH.write_text(way)
-    return before
+    old = SWITCH.read_text().strip()
+    if value and value != old:
+        SWITCH.write_text(value)
+    return old
 
 
-def ways() -> list[str]:
-    """What a daemon can be made to use here."""
+def available_transports() -> list[str]:
+    """Return the transports that a daemon can use here."""
     if not SWITCH.exists():
         return [DEV_FUSE]
     if os.geteuid() != 0:
@@ -35,7 +35,7 @@ def ways() -> list[str]:
 
 @pytest.fixture(scope="module")
 def transport(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Have the daemons that are started use this one: what the kernel says is hidden in our namespace."""
+    """Have daemons use this transport: for /dev/fuse, hide the kernel's parameter in this mount namespace."""
     if request.param == IO_URING or os.geteuid() != 0 or not SWITCH.exists():
         yield request.param
         return
@@ -46,18 +46,19 @@ def transport(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     run("umount", SWITCH)
 
 
-def with_each(metafunc: pytest.Metafunc) -> None:
-    """For the hook pytest_generate_tests: make of each test one for each way.
+def parametrize_transport(metafunc: pytest.Metafunc) -> None:
+    """Run each test once per transport; an implementation of the hook pytest_generate_tests.
 
-    ``TRANSPORT = …`` in a module that is about one of them says so; ``DEV_FUSE_AT_NIGHT = True`` in one that
-    is about stores, images or the command line, to which it should not matter.
+    A module about one transport sets ``TRANSPORT``. A module about stores, images or the command line, which
+    do not depend on the transport, sets ``DEV_FUSE_AT_NIGHT = True``.
     """
     if "transport" not in metafunc.fixturenames:
         metafunc.fixturenames.append("transport")
     only = getattr(metafunc.module, "TRANSPORT", None)
-    all_ = [only] if only else ways()
-    at_night = len(all_) > 1 and getattr(metafunc.module, "DEV_FUSE_AT_NIGHT", False)
+    transports = [only] if only else available_transports()
+    at_night = len(transports) > 1 and getattr(metafunc.module, "DEV_FUSE_AT_NIGHT", False)
     marked = [
-        pytest.param(way, marks=[pytest.mark.nightly] if at_night and way == DEV_FUSE else []) for way in all_
+        pytest.param(name, marks=[pytest.mark.nightly] if at_night and name == DEV_FUSE else [])
+        for name in transports
     ]
     metafunc.parametrize("transport", marked, indirect=True, scope="module")

@@ -1,7 +1,7 @@
-"""Trees for tests: build one from a description, take a snapshot of one, compare two snapshots.
+"""Trees for tests: build a tree from a description, take snapshots, compare two snapshots.
 
-Standard library only: the children that act on a mount import it too. All walking goes through
-directory descriptors, so that a tree may be deeper than PATH_MAX.
+Standard library only, because child processes that work in a mount import it too. All walks use directory
+descriptors, so that a tree may be deeper than PATH_MAX.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import socket
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 EPOCH_NS = 1_000_000_000_000_000_000
-"""Every built tree is this old (September 2001): what is newer was touched by the test."""
+"""The time of every built tree (September 2001). Newer files were changed by the test."""
 RECENT_NS = 1_500_000_000_000_000_000
 PRIVATE = ("trusted.overlay.", "user.overlay.")
 NOT_OURS = ("security.selinux",)
@@ -26,7 +25,7 @@ Snapshot = dict[str, dict[str, Any]]
 
 @dataclass
 class Node:
-    """One thing in a tree to build. *kind*: ``file dir symlink link fifo socket char block``."""
+    """A file in a tree to build. *kind* is ``file dir symlink link fifo socket char`` or ``block``."""
 
     kind: str = "file"
     data: bytes = b""
@@ -38,31 +37,31 @@ class Node:
     xattrs: dict[str, bytes] = field(default_factory=dict)
     mtime_ns: int | None = None
     size: int | None = None
-    """Make the file this long, the rest being a hole."""
+    """The size of the file; the rest after *data* is a hole."""
 
 
 def directory(mode: int = 0o755, **more: Any) -> Node:
-    """A directory; the ones above a path are made anyway."""
+    """Return a directory. Directories above a path need no node."""
     return Node("dir", mode=mode, **more)
 
 
 def symlink(target: str, **more: Any) -> Node:
-    """A symbolic link."""
+    """Return a symbolic link."""
     return Node("symlink", target=target, **more)
 
 
 def link(target: str) -> Node:
-    """One more name of *target*, a path in the same tree that is made earlier."""
+    """Return a hard link to *target*, an earlier path in the same tree."""
     return Node("link", target=target)
 
 
 def whiteout() -> Node:
-    """What hides a name of the layers below, in the format of the kernel's overlayfs."""
+    """Return a whiteout, in the format of the kernel's overlayfs."""
     return Node("char", rdev=0, mode=0)
 
 
 def opaque(**more: Any) -> Node:
-    """A directory that hides the layers below."""
+    """Return an opaque directory."""
     return Node("dir", mode=0o755, xattrs={"trusted.overlay.opaque": b"y"}, **more)
 
 
@@ -70,19 +69,17 @@ Tree = Mapping[str, Node | bytes]
 
 
 def build(root: str | os.PathLike[str], tree: Tree) -> None:
-    """Make *tree* below *root*. Everything gets an old mtime, the same for the same tree."""
+    """Build *tree* below *root*, with old mtimes that are the same for the same tree."""
     base = os.fspath(root)
     os.makedirs(base, exist_ok=True)
     made: dict[str, Node] = {".": Node("dir", mode=0o755)}
-    for path, what in tree.items():
-        node = Node(data=what) if isinstance(what, bytes) else what
+    for path, content in tree.items():
+        node = Node(data=content) if isinstance(content, bytes) else content
         for parent in _parents(path):
             if parent not in made:
                 os.mkdir(os.path.join(base, parent), 0o755)
                 made[parent] = Node("dir", mode=0o755)
-        if node.kind == "dir" and path in made:
-            pass
-        else:
+        if node.kind != "dir" or path not in made:
             _make(base, path, node)
         if node.kind != "link":
             made[path] = node
@@ -125,10 +122,9 @@ def _set_attributes(full: str, node: Node, mtime_ns: int) -> None:
 
 
 def snapshot(root: str | bytes | os.PathLike[str] | int, *, private: bool = False) -> Snapshot:
-    """Read the whole tree: ``{path: facts}``, the root being ``.``; *private* keeps overlay xattrs.
+    """Return the whole tree as ``{path: facts}``; the root is ``.``. *private* includes overlay xattrs.
 
-    A fact that cannot be read is replaced by its errno's name, so that two systems can be compared
-    in their failures as well.
+    The name of an errno replaces a fact that cannot be read, so that failures can be compared too.
     """
     top = os.dup(root) if isinstance(root, int) else os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -249,7 +245,7 @@ def _content(fd: int, name: bytes) -> str:
 
 
 def group_links(result: Snapshot) -> None:
-    """Note with each path the others that are the same inode."""
+    """Add to each path the other paths with the same inode."""
     groups: dict[int, list[str]] = {}
     for path, facts in result.items():
         if "ino" in facts:
@@ -261,10 +257,10 @@ def group_links(result: Snapshot) -> None:
 
 
 def stable(snap: Snapshot, *, ignore: Iterable[str] = ("ino",)) -> Snapshot:
-    """The part of a snapshot that two systems must agree on.
+    """Return the part of a snapshot that must be the same on two systems.
 
-    A recent mtime becomes ``now``, inode numbers go, and so do the link counts of directories
-    (the kernel's overlayfs says 1 for every merged directory; what cowfs says is tested by itself).
+    A recent mtime becomes ``now``. Inode numbers are left out, and so are the link counts of directories: the
+    kernel's overlayfs returns 1 for every merged directory, and other tests check what cowfs returns.
     """
     drop = set(ignore)
     result: Snapshot = {}
@@ -279,13 +275,13 @@ def stable(snap: Snapshot, *, ignore: Iterable[str] = ("ino",)) -> Snapshot:
 
 
 def differences(left: Snapshot, right: Snapshot, names: tuple[str, str] = ("left", "right")) -> list[str]:
-    """Every difference between two stable snapshots, one line each; empty when they agree."""
+    """Return a line for each difference between two stable snapshots."""
     lines = []
     for path in sorted(left.keys() | right.keys()):
         one, two = left.get(path), right.get(path)
         if one is None or two is None:
-            there = names[0] if two is None else names[1]
-            lines.append(f"{path!r}: only in {there}: {one or two}")
+            side = names[0] if two is None else names[1]
+            lines.append(f"{path!r}: only in {side}: {one or two}")
             continue
         for key in sorted(one.keys() | two.keys()):
             if one.get(key) != two.get(key):
@@ -294,21 +290,10 @@ def differences(left: Snapshot, right: Snapshot, names: tuple[str, str] = ("left
 
 
 def moved_inodes(before: Snapshot, after: Snapshot) -> list[str]:
-    """The paths that are in both snapshots with another inode number."""
+    """Return the paths that are in both snapshots with different inode numbers."""
     return sorted(
         path
         for path in before.keys() & after.keys()
         if before[path].get("ino") != after[path].get("ino")
         and before[path].get("type") == after[path].get("type")
     )
-
-
-def make_socket(path: str) -> None:
-    """Leave a unix socket at *path*, however long the path is."""
-    parent, name = os.path.split(path)
-    fd = os.open(parent or ".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(f"/proc/self/fd/{fd}/{name}")
-    finally:
-        os.close(fd)

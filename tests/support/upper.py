@@ -1,8 +1,8 @@
-"""What an upper directory *means*, in the kernel overlayfs's format, without what may differ.
+"""The meaning of an upper directory in the format of the kernel's overlayfs.
 
-Two implementations may write the same change in different bytes: an absolute or a relative
-redirect, an opaque mark where nothing lies below, an origin. These are normalised away; whiteouts,
-what each directory merges with, metacopy and everything a user put there remain.
+Two implementations may write the same change in different bytes: an absolute or a relative redirect, an
+opaque mark on a directory without a lower one, an origin. The description leaves these out. It keeps
+whiteouts, what each directory merges with, metacopies, and everything that users wrote.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tests.support.tree import Snapshot, facts_of
 P = "trusted.overlay."
 COMPARED = ("type", "mode", "owner", "xattrs", "rdev", "target")
 LARGE = 65536
-"""From this size on a change of attributes alone must not copy the data. A smaller file's data may be."""
+"""From this size on, a change of attributes must not copy the data. For smaller files it may."""
 SHARED_WHITEOUT = "#whiteout"
-"""A link to the inode of all whiteouts, which may wait in the work directory for the next one."""
+"""A link in the work directory to the inode that all whiteouts share; it may stay there."""
 
 
 def meaning(upper: str, lowers: Sequence[str], prefix: str = P) -> Snapshot:
-    """Describe *upper* over *lowers* (topmost first): ``{path: facts}``."""
+    """Describe *upper* on *lowers* (topmost first) as ``{path: facts}``."""
     result: Snapshot = {}
     with _opened(upper) as fd:
         _describe(fd, "", ".", list(lowers), result, prefix)
@@ -54,7 +54,7 @@ def _describe(
             result[child] = {"whiteout": True, "in_merged_directory": below is not None}
             continue
         facts = facts_of(fd, os.fsencode(name), st.st_dev, False)
-        # An index entry is one more link, and the inode is not the one that users see.
+        # Leave out link counts, because the index has links too, and inode numbers, which users do not see.
         kept: dict[str, Any] = {key: facts[key] for key in COMPARED if key in facts}
         result[child] = kept
         if stat.S_ISDIR(st.st_mode):
@@ -81,7 +81,7 @@ def _xattr(fd: int, name: str, attribute: str) -> bytes | None:
 
 
 def _lower_path(fd: int, name: str, below: str | None, prefix: str) -> str | None:
-    """The path in the lowers that this upper thing stands on; None when on nothing."""
+    """Return the path in the lowers that this name merges with; None if there is none."""
     if _xattr(fd, name, prefix + "opaque") == b"y":
         return None
     redirect = _xattr(fd, name, prefix + "redirect")
@@ -94,7 +94,7 @@ def _lower_path(fd: int, name: str, below: str | None, prefix: str) -> str | Non
 
 
 def _is_lower_directory(lowers: list[str], path: str) -> bool:
-    """Does the union of the lowers have a directory at *path*? Their own redirects are not followed."""
+    """Return whether the lowers together have a directory at *path*, without following their redirects."""
     for lower in lowers:
         full = lower
         for part in path.split("/"):
@@ -121,9 +121,9 @@ def _lower_content(lowers: list[str], path: str | None) -> str | None:
 
 
 def leftovers(store: str, prefix: str = P) -> list[str]:
-    """What must not be there after a clean unmount: temporaries, and whiteouts that hide nothing.
+    """Return what must not be there after a clean unmount: temporaries, and whiteouts that hide nothing.
 
-    The kernel takes a whiteout in an opaque directory for corruption.
+    The kernel treats a whiteout in an opaque directory as corruption.
     """
     found = []
     for name, known in (("work", {"work", "index"}), ("work/work", {SHARED_WHITEOUT})):

@@ -1,4 +1,4 @@
-"""A hash tree as veritysetup(8) makes one, from the description of the format alone."""
+"""Make hash trees like veritysetup(8), written from the description of the format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _sum(block: bytes) -> bytes:
 
 
 def make_tree(data: bytes, algorithm: bytes = b"sha256", blocks: int | None = None) -> tuple[bytes, bytes]:
-    """The tree of *data*, and its root hash."""
+    """Return the hash tree of *data* and its root hash."""
     assert len(data) % BLOCK == 0
     count = len(data) // BLOCK
     head = struct.pack(

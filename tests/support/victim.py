@@ -1,4 +1,4 @@
-"""A user who only looks at files, and measures how long each look takes: nobody may spoil that."""
+"""A user who only calls statx(2), and measures the times: other users must not slow that down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VICTIM = 65533
-"""The user's number: neither root nor nobody."""
+"""The user ID, neither root's nor nobody's."""
 
 _SCRIPT = """
 import ctypes, json, os, select, sys, time
@@ -20,7 +20,7 @@ AT_FDCWD, FORCE_SYNC, BASIC = -100, 0x2000, 0x7FF
 buffer = ctypes.create_string_buffer(256)
 path, seconds = os.fsencode(sys.argv[1]), []
 number, ended = 0, False
-statx(AT_FDCWD, path, FORCE_SYNC, BASIC, buffer)  # what it looks up on the way is in the kernel's cache
+statx(AT_FDCWD, path, FORCE_SYNC, BASIC, buffer)  # to have the directories in the kernel's cache
 print("started", flush=True)
 while not ended:
     number += 1
@@ -37,7 +37,7 @@ print(json.dumps([len(seconds), seconds[len(seconds) * 99 // 100], seconds[-1]])
 
 @dataclass
 class Looks:
-    """How it went: how many looks, and how long they took, in seconds."""
+    """The number of calls, and their times in seconds."""
 
     count: int = 0
     p99: float = 0.0
@@ -49,8 +49,10 @@ class Looks:
 
 @contextmanager
 def looking(file: Path) -> Iterator[Looks]:
-    """Let another user look at *file*, past the kernel's caches, and look up fresh names, all the time; what
-    is yielded is filled in at the end."""
+    """Let another user stat *file* past the kernel's caches, and look up new names, during the block.
+
+    The yielded figures are filled in at the end.
+    """
     prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
     looks = Looks()
     with subprocess.Popen(
@@ -66,5 +68,5 @@ def looking(file: Path) -> Iterator[Looks]:
         except BaseException:
             process.kill()
             raise
-        said = process.communicate("end\n", timeout=60)[0]
-    looks.count, looks.p99, looks.longest = json.loads(said)
+        output = process.communicate("end\n", timeout=60)[0]
+    looks.count, looks.p99, looks.longest = json.loads(output)

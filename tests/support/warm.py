@@ -1,8 +1,8 @@
-"""Run commands of cowfs without waiting for Python to start, which would be most of a short test's time.
+"""Run cowfs commands without waiting for Python to start, which would be most of a short test's time.
 
-A process for root and one for nobody have all modules loaded and fork for each command. A command starts by
-itself if COWFS_TESTS_COLD is in the environment, or if its caller has other mounts or processors than these
-processes.
+Two processes, one of root and one of nobody, have all modules loaded and fork for each command. A command
+runs in a new Python process instead if COWFS_TESTS_COLD is in the environment, or if its caller has other
+namespaces or processors than these two.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.support.forker import LONGEST_REQUEST
 from tests.support.system import as_nobody_prefix
 
 _COLD = {"COWFS_TESTS_COLD", "COVERAGE_PROCESS_CONFIG"}
-"""With one of these each command starts by itself: coverage measures no process that ends by _exit(2)."""
+"""With one of these, every command runs in a new process. coverage cannot measure forked commands."""
 _LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE)
 _forkers: dict[bool, _Forker] = {}
 
 
 @contextmanager
 def forkers(root: str) -> Iterator[None]:
-    """Keep the processes within this block. They load the cowfs of the directory *root* in the background."""
+    """Run the processes within this block. They load cowfs from the directory *root*."""
     if not _COLD.isdisjoint(os.environ):
         yield
         return
@@ -54,9 +54,9 @@ def run(
     directory: str | None,
     timeout: float,
 ) -> subprocess.CompletedProcess[str] | None:
-    """Run a command of cowfs to its end; None if that has to be done in the usual way.
+    """Run a cowfs command and wait for its end; return None if it needs a new Python process.
 
-    Like :func:`tests.support.system.run` raises subprocess.TimeoutExpired after *timeout* seconds.
+    Raise subprocess.TimeoutExpired after *timeout* seconds, like :func:`tests.support.system.run`.
     """
     forker = _forkers.get(nobody and os.geteuid() == 0)
     if forker is None or forker.surroundings != _surroundings():
@@ -69,7 +69,7 @@ def run(
 
 
 def _surroundings() -> tuple[object, ...]:
-    """What a command inherits that is not told to the process that forks."""
+    """Return what a command inherits from its caller that a request does not contain."""
     spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("mnt", "user", "pid", "net")]
     return os.getpid(), os.geteuid(), os.getegid(), os.sched_getaffinity(0), spaces
 
@@ -89,8 +89,8 @@ class _Forker:
             )
 
     def wait(self) -> None:
-        """Wait until the process is what it will be: before, the watch over processes would not know it."""
-        assert self._socket.recv(16), "the process that forks has not started"
+        """Wait until the process has started, so that the guard knows its command line."""
+        assert self._socket.recv(16), "the forker has not started"
 
     def run(
         self, arguments: list[str], environment: Mapping[str, str], directory: str, timeout: float
@@ -117,13 +117,13 @@ class _Forker:
                 os.close(its_errors)
             streams: list[IO[bytes] | socket.socket] = [answer, said, complained]
             told, out, err = _read_all(streams, time.monotonic() + timeout, (arguments, timeout))
-        assert told.count(b"\n") == 2, f"the process that forks has ended: {told!r}"
+        assert told.count(b"\n") == 2, f"the forker has exited: {told!r}"
         code = int(told.split()[1])
         texts = [_text(data) for data in (out, err)]
         return subprocess.CompletedProcess(["cowfs", *arguments], code, *texts)
 
     def close(self) -> None:
-        """Let it end."""
+        """Close the socket, and wait until the process exits."""
         self._socket.close()
         self._process.wait()
 
@@ -131,7 +131,7 @@ class _Forker:
 def _read_all(
     streams: Sequence[IO[bytes] | socket.socket], deadline: float, call: tuple[list[str], float]
 ) -> list[bytes]:
-    """Read all streams to their ends. The first begins with a process ID, which is killed at *deadline*."""
+    """Read all streams to their ends. The first begins with a process ID; kill it at *deadline*."""
     data = [bytearray() for _ in streams]
     with selectors.DefaultSelector() as selector:
         for number, stream in enumerate(streams):

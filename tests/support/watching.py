@@ -1,4 +1,4 @@
-"""``cowfs watch`` running beside a test."""
+"""Run ``cowfs watch`` during a test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.system import as_nobody_prefix
 
 
 class Watch:
-    """One that has begun: what happens from now on is told."""
+    """A running ``cowfs watch``, which prints every change from now on."""
 
     def __init__(self, process: subprocess.Popen[bytes], out: Path, err: Path) -> None:
         self.process = process
@@ -23,11 +23,11 @@ class Watch:
         self.err = err
 
     def lines(self) -> list[dict[str, Any]]:
-        """What it has told, with ``--json``; a line that is not whole yet is left out."""
+        """Return the output of ``--json`` so far, without an incomplete last line."""
         return [json.loads(line) for line in self.out.read_bytes().split(b"\n")[:-1]]
 
     def changes(self) -> list[tuple[str, ...]]:
-        """Operation, path, and new path where there is one."""
+        """Return operation, path, and the new path if there is one, of each change."""
         return [
             tuple(str(line[name]) for name in ("operation", "path", "to") if name in line)
             for line in self.lines()
@@ -35,12 +35,12 @@ class Watch:
         ]
 
     def wait_for(self, *change: str) -> list[tuple[str, ...]]:
-        """Return all changes once this one has been told."""
-        eventually(lambda: change in self.changes(), f"{change} is told")
+        """Wait for this change; return all changes so far."""
+        eventually(lambda: change in self.changes(), f"{change} is printed")
         return self.changes()
 
     def end(self, seconds: float = 30.0) -> tuple[int, str]:
-        """Return exit code and what was said, once it has ended."""
+        """Wait until it exits; return its exit code and error output."""
         return self.process.wait(seconds), self.err.read_text()
 
 
@@ -48,18 +48,12 @@ class Watch:
 def watching(
     mountpoint: Path, place: Path, *arguments: str, nobody: bool = False, json_lines: bool = True
 ) -> Iterator[Watch]:
-    """Watch, from before what is done next; it is killed at the end if it has not ended."""
+    """Run ``cowfs watch``; it has started when this yields. Kill it at the end if it still runs."""
     number = len(list(place.glob("watch.*.out")))
     out, err = place / f"watch.{number}.out", place / f"watch.{number}.err"
     prefix: Sequence[str] = as_nobody_prefix() if nobody else []
-    command = [
-        *prefix,
-        *COWFS,
-        "watch",
-        os.fspath(mountpoint),
-        *arguments,
-        *(["--json"] if json_lines else []),
-    ]
+    as_json = ["--json"] if json_lines else []
+    command = [*prefix, *COWFS, "watch", os.fspath(mountpoint), *arguments, *as_json]
     with open(out, "wb") as stdout, open(err, "wb") as stderr:
         process = subprocess.Popen(
             command, stdout=stdout, stderr=stderr, env={**os.environ, "PYTHONPATH": project_root()}

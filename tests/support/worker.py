@@ -1,4 +1,4 @@
-"""Processes that work in a mount as its user, who may be the only one to see it, and keep files open."""
+"""Processes that work in a mount as its user and keep files open. Others may not have access to it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def script(text: str, here: Mounted) -> str:
 
 
 def seen(here: Mounted) -> tree.Snapshot:
-    """The tree as its user sees it: nobody else may look into his mount."""
+    """Return a snapshot that the mount's user takes."""
     child = "import json, sys; from tests.support import tree; print(json.dumps(tree.snapshot(sys.argv[1])))"
     command = [*prefix(here.nobody), sys.executable, "-c", child, str(here.path)]
     said = run(*command, env={**os.environ, "PYTHONPATH": project_root()}).stdout
@@ -54,7 +54,7 @@ def seen(here: Mounted) -> tree.Snapshot:
 
 
 class Worker:
-    """A process of the mount's user that does one thing after the other: it keeps files open."""
+    """A process of the mount's user that evaluates expressions one after the other."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -65,13 +65,13 @@ class Worker:
         return eval(self._process.stdout.readline())
 
     def begin(self, expression: str) -> None:
-        """Do not wait for the end of it."""
+        """Start to evaluate *expression*, without waiting for its result."""
         assert self._process.stdin
         self._process.stdin.write(expression + "\n")
         self._process.stdin.flush()
 
     def end(self) -> Any:
-        """Return what has been begun gave."""
+        """Return the result of the expression that begin() has started."""
         assert self._process.stdout
         return eval(self._process.stdout.readline())
 
@@ -89,7 +89,7 @@ def worker(here: Mounted) -> Iterator[Worker]:
 
 @contextmanager
 def writer(here: Mounted, go_on: Path) -> Iterator[Callable[[], int]]:
-    """A process that writes numbered lines to ``log`` until it is asked how many."""
+    """Run a process that writes numbered lines to ``log``; yield a function that stops it and counts them."""
     command = [*prefix(here.nobody), sys.executable, "-c", WRITER, str(here.path / "log"), str(go_on)]
 
     def end() -> int:

@@ -16,15 +16,11 @@ import pytest
 from cowfs.layers.squashfs import SquashfsLayer
 from tests.support.direct import Direct
 from tests.support.peculiar_squashfs import MAKERS, RAW
-from tests.support.squashcompare import (
-    differences,
-    kernels_root,
-    seen_by_kernel,
-    seen_by_us,
-)
+from tests.support.squashcompare import differences, seen_by_kernel, seen_by_us
 from tests.support.squashforge import DIRECTORY, NONE32, Entry, Forge
 from tests.support.squashfs import (
     devices,
+    kernel_root,
     mksquashfs,
     needs_mksquashfs,
     needs_tar2sqfs,
@@ -239,16 +235,16 @@ def test_the_kernel_shows_nothing_else(tmp_path: Path, which: str) -> None:
 
 
 def compare(path: Path) -> int:
-    """Compare all that there is; returns the number of names."""
+    """Compare everything in the image; return the number of names."""
     layer = SquashfsLayer(os.fspath(path))
     try:
         ours = seen_by_us(layer)
     finally:
         layer.close()
     try:
-        with kernels_root(path) as top:
-            theirs = seen_by_kernel(top)
+        with kernel_root(path) as root:
+            theirs = seen_by_kernel(root)
     except OSError as error:
-        pytest.skip(f"this kernel does not mount such an image, we do: {error}")
+        pytest.skip(f"this kernel does not mount such an image, but cowfs does: {error}")
     assert differences(ours, theirs) == []
     return len(theirs)
