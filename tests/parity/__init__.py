@@ -1,1 +1,1 @@
-"""The same operations on the kernel's overlayfs and on cowfs: whatever can be seen must be equal."""
+"""Run the same operations on the kernel's overlayfs and on cowfs, and compare everything visible."""

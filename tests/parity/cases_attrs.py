@@ -1,4 +1,4 @@
-"""Modes, owners, times, xattrs, ACLs, and who may do what."""
+"""Modes, owners, times, xattrs, ACLs, and permissions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def change_times(s: Script) -> None:
 
 @case(BASE)
 def metacopy_then_data(s: Script) -> None:
-    """Attributes of a big file cost no data; the data follow when they are needed."""
+    """Changing attributes of a big file copies no data. A later write copies the data."""
     s.chmod("big", 0o600)
     s.open_do("big", os.O_RDONLY, lambda fd: os.pread(fd, 10, 1000))
     s.remounted()
@@ -139,7 +139,7 @@ def xattrs_of_all_kinds(s: Script) -> None:
 
 @case(BASE)
 def private_xattrs_are_hidden(s: Script) -> None:
-    """What the overlay itself writes is neither shown nor touched."""
+    """The overlay's own xattrs are neither visible nor changeable."""
     s.chmod("big", 0o600)
     s.rename("dir", "moved")
     s.rmdir("emptydir")
@@ -153,7 +153,7 @@ def private_xattrs_are_hidden(s: Script) -> None:
 
 @case(BASE)
 def xattrs_named_like_private_ones(s: Script) -> None:
-    """Set by a user (an overlay inside ours, say) they are kept apart from the overlay's own."""
+    """xattrs with the overlay's prefix that a user sets, as a nested overlay does, are stored separately."""
     for name in ("opaque", "redirect", "anything"):
         s.setxattr("dir", f"trusted.overlay.{name}", b"y")
         s.getxattr("dir", f"trusted.overlay.{name}")
@@ -172,7 +172,7 @@ def xattrs_named_like_private_ones(s: Script) -> None:
 
 
 def _acl(*entries: tuple[int, int, int]) -> bytes:
-    """An ACL as the kernel takes it: (tag, permissions, id)."""
+    """Return an ACL in the kernel's format, from (tag, permissions, id)."""
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
@@ -206,7 +206,7 @@ def posix_acls(s: Script) -> None:
 
 @case({**BASE, "acldir": directory(xattrs={"system.posix_acl_default": DEFAULT})})
 def default_acls_and_the_umask(s: Script) -> None:
-    """Where there is a default ACL the umask does not count, elsewhere it does."""
+    """The umask does not apply in a directory with a default ACL; elsewhere it does."""
     before = os.umask(0o027)
     try:
         for place in ("acldir", "dir", "made"):
@@ -227,7 +227,7 @@ def default_acls_and_the_umask(s: Script) -> None:
 
 @case(BASE)
 def writing_drops_suid(s: Script) -> None:
-    """By somebody without CAP_FSETID; root keeps the bits."""
+    """A write by a user without CAP_FSETID drops the bits; root keeps them."""
     s.chmod("suid", 0o6777)
     s.chmod("sgid", 0o6777)
     s.as_user(1001, "write", lambda: os.write(os.open(s.at("suid"), os.O_WRONLY), b"x"))
@@ -265,7 +265,7 @@ def capabilities_survive_copy_up(s: Script) -> None:
 
 @case(BASE)
 def unprivileged_users(s: Script) -> None:
-    """Permissions are those of the merged tree, for everybody who comes by."""
+    """The permissions of the merged tree apply to every user."""
     user = 1000
     s.as_user(user, "create in /", lambda: os.close(os.open(s.at("x"), os.O_CREAT | os.O_WRONLY)))
     s.as_user(user, "write", lambda: os.close(os.open(s.at("file"), os.O_WRONLY)))

@@ -1,4 +1,4 @@
-"""Directories and whiteouts: remove, make again, opaque, merged ones that are empty."""
+"""Directories and whiteouts: removed, created again, opaque, merged and empty."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def remove_directories(s: Script) -> None:
 
 @case(BASE)
 def remove_a_merged_directory_of_whiteouts(s: Script) -> None:
-    """Its upper holds whiteouts alone: empty for users, not for the layer."""
+    """The upper directory contains only whiteouts: it is empty for users, but not in the layer."""
     for name in ("a", "b", "three", "sub/c", "sub/deep/d"):
         s.unlink(f"dir/{name}")
     s.rmdir("dir/sub/deep")
@@ -88,7 +88,7 @@ def file_over_removed_directory(s: Script) -> None:
 
 @case(BASE)
 def removed_tree_made_again(s: Script) -> None:
-    """The new directory is opaque: nothing of the old one shows through."""
+    """The new directory is opaque and shows nothing of the old one."""
     remove_tree(s, "dir")
     s.mkdir("dir")
     s.listdir("dir")
@@ -252,7 +252,7 @@ def devices_and_special_files(s: Script) -> None:
 
 @case(BASE)
 def whiteout_devices(s: Script) -> None:
-    """A device 0:0 would be a whiteout in the upper: the kernel's overlayfs refuses it."""
+    """The kernel's overlayfs refuses to create a device 0:0, which would be a whiteout in the upper."""
     for name in ("w", "dir/w"):
 
         def come_and_go(name: str = name) -> None:
@@ -305,7 +305,7 @@ def sockets_connect(s: Script) -> None:
 
 
 def remove_tree(s: Script, path: str) -> None:
-    """rm -rf, every step of it recorded as one."""
+    """Run rm -rf, recorded as one step."""
 
     def remove(place: str) -> int:
         count = 0

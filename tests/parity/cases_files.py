@@ -189,7 +189,7 @@ def append_descriptor(s: Script) -> None:
 
 @case(BASE)
 def sparse_files(s: Script) -> None:
-    """A hole stays a hole through copy-up and for new files."""
+    """Holes stay holes through copy-up, and in new files."""
 
     def is_sparse(path: str) -> bool:
         st = os.stat(s.at(path))
@@ -248,7 +248,7 @@ def mapping_sees_writes(s: Script) -> None:
 
 @case(BASE)
 def copy_between_files(s: Script) -> None:
-    """copy_file_range within the merged tree, sendfile from a lower file."""
+    """Copy with copy_file_range in the merged tree, and with sendfile from a lower file."""
     s.append("dir/b", b"x" * 6000)
     upper, lower = s.open("dir/b"), s.open("big")
     target = s.open("target", os.O_RDWR | os.O_CREAT)
@@ -278,7 +278,7 @@ def copy_between_files(s: Script) -> None:
 
 @case(BASE)
 def allocate(s: Script) -> None:
-    """fallocate(2): what ext3 refuses the C library does by writing zeros; holes can be made."""
+    """fallocate(2): ext3 does not support it, so the C library writes zeros; but it can punch holes."""
     fd = s.open("new", os.O_RDWR | os.O_CREAT)
     s.fd("posix_fallocate", lambda: os.posix_fallocate(fd, 0, 10_000))
     s.fd("its size", lambda: os.fstat(fd).st_size)
@@ -286,7 +286,7 @@ def allocate(s: Script) -> None:
     for name in ("big", "new", "file"):
         fd = s.open(name, os.O_RDWR)
         for mode in (0, 1, 2, files.PUNCH_HOLE, 0x10, 0x11, 8, 0x20):
-            # The kernel's ext3 sets mtime before it finds that it cannot: nobody looks until it could.
+            # The kernel's ext3 sets mtime before it fails, so do not compare trees until a call succeeds.
             allocated = partial(files.fallocate, fd, 4000, 9000, mode)
             s.step(f"{name}: mode {mode}", allocated, look=False)
             s.step(f"{name}: its size", partial(_size, fd), look=False)
@@ -301,7 +301,7 @@ def allocate(s: Script) -> None:
 
 @case(BASE)
 def holes(s: Script) -> None:
-    """SEEK_DATA and SEEK_HOLE, below and above."""
+    """SEEK_DATA and SEEK_HOLE, in files of the lower and the upper."""
     s.create("hollow")
     s.truncate("hollow", 1 << 20)
     s.write("hollow", b"x" * 4096, 65536)
@@ -316,7 +316,7 @@ def holes(s: Script) -> None:
 
 @case(BASE)
 def tmpfile(s: Script) -> None:
-    """O_TMPFILE, and the name that linkat(2) gives: where there was none, a whiteout, something."""
+    """O_TMPFILE, and linkat(2) to a new name, a whiteout, and an existing name."""
     os.chmod(s.at("emptydir"), 0o2775)
     attempt(lambda: os.chown(s.at("emptydir"), 0, 1000))
     s.unlink("dir/a")
@@ -350,7 +350,7 @@ def link_fd(fd: int, name: str) -> None:
 
 @case(BASE)
 def locks(s: Script) -> None:
-    """Locks are the kernel's, across descriptors of a file before and after its copy-up."""
+    """Locks of the kernel hold across descriptors from before and after a copy-up."""
     one = s.open("open", os.O_RDWR)
     lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     s.fd("lock", lambda: fcntl.fcntl(one, fcntl.F_SETLK, lock) and None)
@@ -384,7 +384,7 @@ def many_writes_in_one_file(s: Script) -> None:
 
 @case(BASE)
 def file_too_large(s: Script) -> None:
-    """ext3 holds 2 TiB in one file: beyond it EFBIG, not a silent loss."""
+    """ext3 files hold up to 2 TiB: writes beyond it fail with EFBIG."""
     s.create("new", b"x")
     s.truncate("new", 1 << 45)
 

@@ -1,4 +1,4 @@
-"""Lowers and uppers that say what they hide by attributes that cowfs itself never writes."""
+"""Lowers and uppers that hide names by attributes which cowfs itself never writes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ PREFIX = "trusted.overlay."
 
 
 def hidden(data: bytes = b"", prefix: str = PREFIX) -> Node:
-    """A whiteout by attribute: an empty file; with *data* it is none."""
+    """Return a whiteout by attribute: an empty file. With *data*, it is no whiteout."""
     return Node(data=data, xattrs={prefix + "whiteout": b"y"})
 
 
 def holder(prefix: str = PREFIX) -> Node:
-    """A directory that says that it holds such whiteouts."""
+    """Return a directory that is marked as containing such whiteouts."""
     return directory(xattrs={prefix + "opaque": b"x"})
 
 
@@ -40,7 +40,7 @@ ABOVE: Tree = {
 
 @case(ABOVE, BELOW)
 def whiteouts_by_attribute(s: Script) -> None:
-    """An empty file with the attribute hides; one with data does not."""
+    """An empty file with the attribute is a whiteout; a file with data is not."""
     s.listdir("x")
     for name in ("gone", "kept", "full", "tree", "alone", "empty", "tree/deep"):
         s.stat(f"x/{name}")
@@ -77,7 +77,7 @@ def whiteouts_by_attribute_in_the_middle(s: Script) -> None:
     },
 )
 def whiteouts_by_attribute_in_the_store(s: Script) -> None:
-    """The kernel heeds the file, but lists it: the directory is not marked there."""
+    """The kernel treats the file as a whiteout, but lists it, because the directory is not marked."""
     for name in ("gone", "kept", "full", "tree", "new", "tree/deep"):
         s.stat(f"x/{name}")
     s.remounted()
@@ -102,7 +102,7 @@ NESTED: Tree = {
 
 @case(NESTED, {"x/gone": b"below\n", "x/twice": b"below\n", "o/b": b"b\n"})
 def escaped_attributes_are_another_overlays(s: Script) -> None:
-    """They mean nothing to us, and are shown with one escape less."""
+    """They have no effect, and are shown with one escape removed."""
     s.listdir("x")
     s.listdir("o")
     for name in ("x", "x/gone", "x/twice", "o"):
@@ -120,7 +120,7 @@ def escaped_attributes_are_another_overlays(s: Script) -> None:
     {"file": b"below\n"},
 )
 def an_opaque_metacopy(s: Script) -> None:
-    """Opaque means nothing on a file: the data is below."""
+    """The opaque attribute has no effect on a file: its data is in the lower."""
     s.stat("file")
     s.read("file")
     s.append("file", b"more\n")

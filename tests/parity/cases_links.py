@@ -101,7 +101,7 @@ def special_files_linked(s: Script) -> None:
 
 @case(BASE, upper_differs=ALIASES)
 def attributes_through_links(s: Script) -> None:
-    """Attributes belong to the inode: changed through one name, seen through all."""
+    """Attributes belong to the inode: all its names show a change."""
     s.chmod("one", 0o600)
     s.chown("two", 3, 4)
     s.setxattr("dir/three", "user.x", b"y")

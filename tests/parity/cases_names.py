@@ -1,4 +1,4 @@
-"""Names: odd bytes, long ones, deep paths, and the errnos of paths that are wrong."""
+"""Names: unusual bytes, long names, deep paths, and the errors of wrong paths."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def names_too_long(s: Script) -> None:
 
 @case({"top/" + "/".join(["d" * 100] * 8) + "/file": b"deep\n", "file": b"x"})
 def paths_beyond_path_max(s: Script) -> None:
-    """Directories nested deeper than any path can name are reached step by step."""
+    """Reach directories that are nested deeper than PATH_MAX step by step."""
 
     def deep() -> tuple[int, str]:
         fd = os.open(s.at("top"), os.O_RDONLY)
@@ -163,7 +163,7 @@ def the_root_itself(s: Script) -> None:
 
 @case({f"many/{number:04d} {'x' * (number % 50)}": b"" for number in range(300)} | {"many/sub/x": b"x"})
 def directory_positions(s: Script) -> None:
-    """Deleting while listing skips nothing and repeats nothing; rewinding shows what is there now."""
+    """Deleting during a listing skips and repeats no name; after rewinding, the listing is current."""
 
     def delete_while_listing() -> tuple[int, int]:
         seen: list[str] = []
@@ -186,7 +186,7 @@ def directory_positions(s: Script) -> None:
 
 @case({"d/" + name: b"" for name in "abcdefgh"} | {"gone": directory()})
 def directories_stay_open(s: Script) -> None:
-    """A directory that is listed, opened or stood in while it changes and goes away."""
+    """List, open and enter a directory that is changed and removed."""
     fd = s.open("d", os.O_RDONLY | os.O_DIRECTORY)
     s.fd("list", lambda: sorted(os.listdir(fd)))
     s.create("d/new")
@@ -233,7 +233,7 @@ def an_empty_lower(s: Script) -> None:
 
 @case(BASE, alone=True)
 def statfs(s: Script) -> None:
-    """The numbers of the upper; the type is FUSE's."""
+    """statfs returns the numbers of the upper, with the type of FUSE."""
 
     def numbers() -> tuple[int, ...]:
         st = os.statvfs(s.root)

@@ -1,4 +1,4 @@
-"""Renames: files and directories of the lower, the upper and both; over everything; out and back."""
+"""Renames of files and directories of the lower, the upper and both, over each other and back."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def rename_directory_back(s: Script) -> None:
 
 @case(BASE)
 def rename_directory_and_make_anew(s: Script) -> None:
-    """What is made where the directory was has nothing to do with it."""
+    """A new directory with the old name has nothing to do with the renamed one."""
     s.rename("dir", "moved")
     s.mkdir("dir")
     s.listdir("dir")
@@ -173,7 +173,7 @@ def nested_redirects(s: Script) -> None:
 
 @case(BASE)
 def directories_change_places(s: Script) -> None:
-    """By way of a third name, as programs do it."""
+    """Exchange two directories through a third name, as programs do."""
     s.rename("dir", "t")
     s.rename("emptydir", "dir")
     s.rename("t", "emptydir")
@@ -270,7 +270,7 @@ def exchange_file_with_directory(s: Script) -> None:
 
 @case(BASE)
 def rename_flags_that_are_wrong(s: Script) -> None:
-    """The kernel itself refuses all but the last; what the adapter would, tests/fuse asks it."""
+    """The kernel refuses all but the last; tests/fuse sends the others to the adapter."""
     s.rename("file", "x", RENAME_NOREPLACE | RENAME_EXCHANGE)
     s.rename("file", "x", 64)
     s.rename("file", "x", RENAME_WHITEOUT | RENAME_EXCHANGE)
@@ -321,7 +321,7 @@ def rename_merged_directories(s: Script) -> None:
 
 @case(BASE)
 def rename_hard_links(s: Script) -> None:
-    """rename(2) does nothing when both names are one inode."""
+    """rename(2) does nothing if both names are the same inode."""
     s.rename("one", "two")
     s.listdir(".")
     s.link("file", "file2")
@@ -344,7 +344,7 @@ def special_files_renamed(s: Script) -> None:
 
 @case(BASE)
 def rename_metacopies(s: Script) -> None:
-    """A file of which only the attributes were copied keeps its data wherever it goes."""
+    """A metacopy keeps its data when it is renamed."""
     s.chmod("big", 0o600)
     s.rename("big", "dir/big")
     s.rename("dir", "moved")

@@ -1,7 +1,7 @@
-"""Runs one case on one mounted system; ``python -m tests.parity.child ROOT SYSTEM CASE RESULT``.
+"""Run one case on one mounted system: ``python -m tests.parity.child ROOT SYSTEM CASE RESULT``.
 
-Starts when its parent has mounted and says so on stdin. Asks for a remount with a line on stdout and
-waits for the answer on stdin. The steps go into the file RESULT, pickled.
+It starts when its parent has mounted the system and writes a line to its stdin. It asks for a remount with a
+line on stdout, and waits for the reply on stdin. It writes the pickled steps to the file RESULT.
 """
 
 from __future__ import annotations

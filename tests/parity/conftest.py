@@ -1,4 +1,4 @@
-"""What is mounted is tested with both ways that requests come by."""
+"""Run each test of a mount with both transports."""
 
 from __future__ import annotations
 

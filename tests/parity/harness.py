@@ -1,4 +1,4 @@
-"""Runs a case on two systems and compares all that can be seen."""
+"""Run a case on two systems, and compare everything visible."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ SYSTEMS: dict[str, Mounter] = {"kernel": kernel_overlay, "cowfs": _cowfs}
 
 @dataclass
 class Seen:
-    """All that one system showed in one case."""
+    """What one system showed in one case."""
 
     steps: list[Step] = field(default_factory=list)
     crashed: str = ""
     final: tree.Snapshot = field(default_factory=dict)
     again: tree.Snapshot = field(default_factory=dict)
-    """After a remount."""
+    """The tree after a remount."""
     upper: tree.Snapshot = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
 
 
 def run_case(case: Case, system: str, lowers: Sequence[Path], store: Path, at: Path, place: Path) -> Seen:
-    """Run *case* on *system* with its upper in *store*, then look, mount again and look again."""
+    """Run *case* on *system* with its upper in *store*; take snapshots at the end and after a remount."""
     seen, mount = Seen(), SYSTEMS[system]
     result = place / f"{at.name}.steps"
     command = [sys.executable, "-S", "-m", "tests.parity.child", str(at), system, case.name, str(result)]
@@ -83,7 +83,7 @@ def run_case(case: Case, system: str, lowers: Sequence[Path], store: Path, at: P
 
 
 def compare_steps(one: Seen, two: Seen, names: tuple[str, str]) -> list[str]:
-    """The first step at which two systems disagree, in words; empty when they agree throughout."""
+    """Describe the first step at which two systems differ; return an empty list if they never do."""
     before: list[tree.Snapshot | None] = [None, None]
     for number, (left, right) in enumerate(zip(one.steps, two.steps, strict=False), 1):
         wrong = _compare_results(left, right, names)

@@ -1,7 +1,7 @@
-"""What an ordinary user sees: the small cases on cowfs, and on the kernel's overlayfs in a user namespace.
+"""Run the small cases as an ordinary user, on cowfs and on the kernel's overlayfs in a user namespace.
 
-``python -m tests.parity.ordinary`` takes what to do on stdin, pickled, and gives what was seen on stdout. The
-user keeps the same number in the namespace, and has capabilities there for mounting alone.
+``python -m tests.parity.ordinary`` reads a pickled :class:`Work` on stdin, and writes the results to stdout.
+The user has the same user ID in the namespace, and uses its capabilities there only for mounting.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Work:
     """What to do with a store."""
 
     system: str
-    """``cowfs``; ``kernel``, mounted in a user namespace; or ``roots kernel``, mounted by root outside."""
+    """``cowfs``, ``kernel`` (mounted in a user namespace), or ``roots kernel`` (mounted by root outside)."""
     at: Path
     lowers: Sequence[Path]
     store: Path
     kind: str
     names: Sequence[str]
     runs: bool = True
-    """Run the cases, and look again after a mount; else look alone."""
+    """Whether to run the cases before taking a snapshot of each."""
 
 
-def do(work: Work) -> Any:
-    """Do it as nobody; the :class:`~tests.parity.runs.Seen`, or the trees."""
+def run_as_nobody(work: Work) -> Any:
+    """Do *work* as nobody; return the :class:`~tests.parity.runs.Seen`, or the snapshots."""
     prefix = [] if work.system == ROOTS else as_nobody_prefix()
     done = subprocess.run(
         [*prefix, sys.executable, "-m", "tests.parity.ordinary"],
@@ -59,26 +59,26 @@ def do(work: Work) -> Any:
 
 
 def build(root: Path, description: tree.Tree, prefix: str) -> None:
-    """Make a lower tree that belongs to nobody altogether, as the kernel's overlayfs needs it there.
+    """Build a lower tree of nobody's, as the kernel's overlayfs in a user namespace needs it.
 
-    It has no devices: whoever may not make them cannot copy them up.
+    It has no devices, because a user who cannot create devices cannot copy them up.
     """
-    known = {path: what for path, what in description.items() if isinstance(what, bytes) or not what.rdev}
-    tree.build(root, {path: _with_marks(what, prefix) for path, what in known.items()})
+    usable = {path: node for path, node in description.items() if isinstance(node, bytes) or not node.rdev}
+    tree.build(root, {path: _with_prefix(node, prefix) for path, node in usable.items()})
     for place, names, files in os.walk(os.fsencode(root)):
         for name in [b".", *names, *files]:
             os.lchown(os.path.join(place, name), NOBODY, NOBODY)
 
 
-def _with_marks(what: tree.Node | bytes, prefix: str) -> tree.Node:
-    """Something whose marks for an overlay begin with this, and that has nothing else that is root's."""
-    node = tree.Node(data=what) if isinstance(what, bytes) else what
-    marks = {name.replace(upper.P, prefix): value for name, value in node.xattrs.items()}
-    return replace(node, xattrs={name: marks[name] for name in marks if name.startswith(("user.", prefix))})
+def _with_prefix(content: tree.Node | bytes, prefix: str) -> tree.Node:
+    """Return a node whose overlay attributes have this prefix, without other attributes that need root."""
+    node = tree.Node(data=content) if isinstance(content, bytes) else content
+    xattrs = {name.replace(upper.P, prefix): value for name, value in node.xattrs.items()}
+    return replace(node, xattrs={name: xattrs[name] for name in xattrs if name.startswith(("user.", prefix))})
 
 
 class _UsersPlace(Place):
-    """A store of nobody's. The kernel mounts it in a user namespace, where it does as much as it can."""
+    """A store of nobody's. The kernel mounts it in a user namespace, where it has fewer features."""
 
     features = "userxattr,xino=on"
 
@@ -100,7 +100,7 @@ class _UsersPlace(Place):
 
     @contextmanager
     def capable(self) -> Iterator[None]:
-        """Have all capabilities in effect."""
+        """Run the block with all capabilities in effect."""
         _put_in_effect(True)
         try:
             yield
@@ -139,7 +139,7 @@ def _put_in_effect(wanted: bool) -> None:
 
 
 def _enter_user_namespace() -> None:
-    """As the same user, with the capabilities at hand, but not in effect."""
+    """Enter a user namespace as the same user, with all capabilities permitted but not in effect."""
     _check(_libc.unshare(_NEWUSER), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{NOBODY} {NOBODY} 1")

@@ -1,4 +1,4 @@
-"""A store on which a case is run, and how each system mounts it."""
+"""A store for cases, and how each system mounts it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Place:
     """A store, and how each system mounts it."""
 
     options: Sequence[str] = ()
-    """For cowfs."""
+    """Mount options for cowfs."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Place:
         made: bool = False,
         images: Sequence[Path] = (),
     ) -> None:
-        """*images*: of the lowers, squashfs; they are mounted instead of the directories."""
+        """Create the store unless *made*. *images* are squashfs images to mount instead of *lowers*."""
         self.at, self.lowers, self.store, self.kind = at, lowers, store, kind
         self.images = images
         self.opened = store if kind == "directory" else at.with_name(f"{at.name}.opened")
@@ -38,7 +38,7 @@ class Place:
 
     @contextmanager
     def seen(self) -> Iterator[Path]:
-        """The filesystem with upper/ and work/."""
+        """Mount the store's filesystem if needed; yield the directory with upper/ and work/."""
         if self.kind == "directory":
             yield self.store
             return
@@ -58,7 +58,7 @@ class Place:
 
     @contextmanager
     def _of_image(self, image: Path) -> Iterator[Path]:
-        """What is in an image, by the kernel."""
+        """Mount an image with the kernel's squashfs."""
         at = self.at.with_name(f"{self.at.name}.{image.name}")
         at.mkdir(exist_ok=True)
         run("mount", "-t", "squashfs", "-o", "loop,ro", image, at)
@@ -83,5 +83,5 @@ class Place:
         assert not trouble, trouble
 
     def by(self, system: str) -> AbstractContextManager[None]:
-        """Mount it."""
+        """Mount the store with *system*."""
         return self.kernel() if system == "kernel" else self.cowfs()

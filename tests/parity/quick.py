@@ -1,7 +1,7 @@
-"""Cases that share one mount: each acts in a directory of its own, which is looked at in the end.
+"""Cases that share one mount: each acts in its own directory, which is compared at the end.
 
-A case is a function, or a generator: where it yields, all is unmounted and mounted again, once for all cases.
-Standard library only: the child that runs them imports it too.
+A case is a function, or a generator that yields where it needs a remount. All cases share their remounts.
+Standard library only, because the child process that runs them imports it too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.tree import Node
 Act = Callable[[Script], Generator[None, None, None] | None]
 
 LONGEST = "n" * 255
-"""A name."""
+"""The longest possible name."""
 
 SMALL: tree.Tree = {
     "f": b"lower\n",
@@ -54,18 +54,18 @@ class Quick:
     act: Act
     lowers: tuple[tree.Tree, ...]
     upper_differs: str
-    """Why the uppers are not equal after this case."""
+    """Why the uppers differ after this case; "" if they must be equal."""
     merged_differs: str
-    """Why the kernel shows another tree."""
+    """Why the kernel shows a different tree; "" if the trees must be equal."""
     long: Case | None = None
-    """The case that this stands for: it does not act by itself."""
+    """The long case that runs in its own process instead of *act*."""
 
 
 CASES: dict[str, Quick] = {}
 
 
 def quick(*lowers: tree.Tree, upper_differs: str = "", merged_differs: str = "") -> Callable[[Act], Act]:
-    """Register a case over *lowers*, topmost first, by the name of its function."""
+    """Register a case with *lowers*, topmost first, by the name of its function."""
 
     def register(act: Act) -> Act:
         assert act.__name__ not in CASES, f"two cases are called {act.__name__}"
@@ -76,7 +76,7 @@ def quick(*lowers: tree.Tree, upper_differs: str = "", merged_differs: str = "")
 
 
 def load() -> dict[str, Quick]:
-    """Import every module of cases; those that need a mount for themselves are left out."""
+    """Import every module of cases; return the cases that do not need their own mount."""
     import importlib
     from pathlib import Path
 
@@ -95,20 +95,20 @@ def _stands_in(s: Script) -> None:
 
 
 class Brief(Script):
-    """A script that looks at the tree when it is asked to only."""
+    """A script that takes no snapshots by itself."""
 
     def look(self) -> tree.Snapshot:
         return {}
 
 
 def errno_of(operation: Callable[[], Any]) -> Any:
-    """The errno of an operation of which the result does not matter; None if it succeeds."""
+    """Return the errno of an operation, or None if it succeeds, whatever its result."""
     result = attempt(operation)
     return result if isinstance(result, str) and result.startswith("errno") else None
 
 
 def clear(s: Script, path: str) -> None:
-    """Remove a directory and all that is in it."""
+    """Remove a directory and everything in it."""
     for name in sorted(os.listdir(s.at(path))):
         here = f"{path}/{name}"
         if os.path.isdir(s.at(here)) and not os.path.islink(s.at(here)):

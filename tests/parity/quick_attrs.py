@@ -1,4 +1,4 @@
-"""Modes, owners and times, and who may do what."""
+"""Modes, owners, times, and permissions."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def utime_each_kind(s: Script) -> Steps:
 
 @quick()
 def utime_that_a_change_leaves(s: Script) -> Steps:
-    """The atime of a directory with directories in it, which are counted."""
+    """Set the atime of a directory that contains directories."""
 
     def atime(path: str) -> int:
         return os.stat(s.at(path)).st_atime_ns
@@ -242,7 +242,7 @@ def times_of_change(s: Script) -> None:
         s.step(said, lambda act=act: after(act))  # type: ignore[misc]
 
 
-# --- who may do what
+# --- permissions
 
 
 @quick()

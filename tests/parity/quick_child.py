@@ -1,9 +1,8 @@
-"""Runs all cases on one mounted system.
+"""Run all cases on a mounted system: ``python -m tests.parity.quick_child ROOT SYSTEM RESULT PATTERN LOOKS``.
 
-``python -m tests.parity.quick_child ROOT SYSTEM RESULT PATTERN LOOKS`` starts when its parent has mounted and
-says so on stdin; it asks for a remount with a line on stdout and waits. The steps of each case, and what it
-failed with, go into the file RESULT, pickled. The long ones look at their trees after each step if LOOKS has
-"again".
+It starts when its parent has mounted the system and writes a line to its stdin. It asks for a remount with a
+line on stdout, and waits. It writes the pickled steps and failures of the cases to the file RESULT. Long
+cases take a snapshot after each step if LOOKS contains "again".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files: how they are written, cut and copied."""
+"""Files: writes, truncation and copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files: how they are mapped, run, locked, and used after their last name is gone."""
+"""Files: mappings, execution, locks, and use after the last name is removed."""
 
 from __future__ import annotations
 

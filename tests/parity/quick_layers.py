@@ -1,4 +1,4 @@
-"""What several lowers, and their marks, make of a tree; and listings."""
+"""Several lowers with overlay attributes, and listings."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def layers_metacopy_in_its_longer_form(s: Script) -> None:
     {"m": b"below\n"},
 )
 def layers_metacopy_with_a_digest(s: Script) -> Steps:
-    """Nobody has asked for verity: the digest is not looked at, and is not taken along to a copy."""
+    """Without the verity option, the digest is ignored and not copied up."""
     s.read("m")
     s.listxattr("m")
     s.append("m", b"more")
@@ -279,7 +279,7 @@ def layers_copy_up_of_parents(s: Script) -> Steps:
 
 
 def _names(s: Script, path: str, act: Any = lambda stream, read: None) -> list[str]:
-    """The names by readdir(3), after *act* has done what it likes with the open directory."""
+    """Return the names from readdir(3), after *act* has used the open directory."""
     stream = _libc.opendir(os.fsencode(s.at(path)))
     assert stream
 
@@ -320,7 +320,7 @@ def listing_rewound(s: Script) -> None:
 
 @quick()
 def listing_from_each_cookie(s: Script) -> None:
-    """From where telldir(3) says, everything comes that came then."""
+    """After seekdir(3), the listing continues with the same names as before."""
     s.create("d/new")
 
     def rests() -> bool:
@@ -349,7 +349,7 @@ def listing_from_each_cookie(s: Script) -> None:
 
 @quick({f"many/{number:04}": b"" for number in range(300)})
 def listing_while_removing(s: Script) -> Steps:
-    """Who removes what is listed misses nothing (rm -r)."""
+    """A program that removes names while it lists them misses none (rm -r)."""
 
     def remove(stream: int, read: Any) -> None:
         while name := read():

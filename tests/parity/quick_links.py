@@ -1,4 +1,4 @@
-"""Hard links, small."""
+"""Small cases about hard links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names: what is removed and made, directories, symbolic links, and what a name may be."""
+"""Names: removal, directories, symbolic links, and valid names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How files are opened."""
+"""Small cases about open(2)."""
 
 from __future__ import annotations
 

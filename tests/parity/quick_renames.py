@@ -1,4 +1,4 @@
-"""Renames, small."""
+"""Small cases about renames."""
 
 from __future__ import annotations
 
@@ -370,7 +370,7 @@ def rename_by_another_user(s: Script) -> None:
 
 @quick()
 def rename_of_anothers_directory(s: Script) -> None:
-    """Who may not write to a directory may not move it elsewhere, since its .. changes; but may rename it."""
+    """A user without write permission for a directory may rename it, but not move it, because .. changes."""
     s.mkdir("all", 0o777)
     s.chmod("all", 0o777)
     s.mkdir("all/roots", 0o755)

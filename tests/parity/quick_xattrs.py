@@ -1,4 +1,4 @@
-"""Extended attributes and ACLs, small."""
+"""Small cases about extended attributes and ACLs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def xattr_that_are_not_there(s: Script) -> None:
 
 @quick()
 def xattr_of_overlays(s: Script) -> Steps:
-    """What the overlay keeps itself can be neither seen nor forged; what has its names on top is escaped."""
+    """The overlay's own xattrs are hidden and cannot be forged; a user's with its prefix are escaped."""
     for name in ("trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.overlay.whiteout"):
         s.setxattr("d", name, b"y")
         s.getxattr("d", name)
@@ -214,7 +214,7 @@ def acl_default_is_inherited(s: Script) -> Steps:
 
 @quick()
 def acl_default_and_what_comes_in(s: Script) -> None:
-    """Renaming and linking inherit nothing."""
+    """Renamed and linked files inherit no ACL."""
     s.setxattr("x", DEFAULT, full(7, 6, 5, 7, 0))
     s.rename("f", "x/f")
     s.link("h1", "x/h")

@@ -1,6 +1,6 @@
-"""Random operations on a tree, the same for the same seed on trees that answer the same.
+"""Random operations on a tree, the same for the same seed as long as the trees behave the same.
 
-Few names, so that everything happens to everything. Standard library only.
+They use few names, so that each name sees many operations. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tests.support.tree import EPOCH_NS, Node, Tree
 
 NAMES = ("a", "b", "c", "d", "e")
 DEEPEST = 5
-"""Directories, one in another, are made."""
+"""The maximum depth of new directories."""
 SLOTS = 4
-"""So many files are open at once."""
+"""The number of files that are open at the same time."""
 _LOOK = 25
-"""After so many steps it looks what is there."""
+"""The number of steps between walks of the tree."""
 
 TOP: Tree = {
     "a/a": b"top\n",
@@ -35,7 +35,7 @@ BOTTOM: Tree = {
     "a/b/a": b"below\n",
     "a/b/e": Node(data=b"long" * 2000, mode=0o755),
     "a/d/a": b"deep\n",
-    "a/d/b": symlink("a"),  # none leads out of the tree, wherever it is moved
+    "a/d/b": symlink("a"),  # it never leads out of the tree, even after renames
     "b/a": b"hidden\n",
     "c/a": b"linked\n",
     "c/b": link("c/a"),
@@ -51,7 +51,7 @@ BOTTOM: Tree = {
 
 
 class RandomScript:
-    """Operations on the tree at *root*; :attr:`results` has what each gave."""
+    """Operations on the tree at *root*, with their results in :attr:`results`."""
 
     def __init__(self, root: str, seed: int) -> None:
         self.root = root
@@ -68,7 +68,7 @@ class RandomScript:
         ]  # fmt: skip
 
     def go_on(self, steps: int) -> None:
-        """Do so many more."""
+        """Do *steps* more operations."""
         acts, weights = zip(*self._operations, strict=True)
         for number, act in enumerate(self._chance.choices(acts, weights, k=steps)):
             if number % _LOOK == 0:
@@ -76,7 +76,7 @@ class RandomScript:
             act()
 
     def close(self) -> None:
-        """Close what is open: the tree can be unmounted."""
+        """Close all files, so that the tree can be unmounted."""
         for slot, fd in enumerate(self._open):
             if fd >= 0:
                 os.close(fd)
@@ -90,13 +90,13 @@ class RandomScript:
         return found
 
     def _path(self) -> str:
-        """Return a path, more often than not one that was there some steps ago."""
+        """Return a path, usually one that existed some steps ago."""
         if self._there and self._chance.random() < 0.65:
             return self._chance.choice(self._there)
         return "/".join(self._chance.choices(NAMES, k=self._chance.choice((1, 2, 2, 3, 3, 4))))
 
     def _new(self) -> str:
-        """Return a path for something new, in a directory if that was one some steps ago."""
+        """Return a new path, in a directory that existed some steps ago."""
         name = self._chance.choice(NAMES)
         above = self._chance.choice(["", *self._there])
         return f"{above}/{name}" if above and above.count("/") < DEEPEST else name

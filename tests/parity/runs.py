@@ -1,4 +1,4 @@
-"""All cases on one system, and what two systems showed compared."""
+"""Run all cases on one system, and compare the results of two systems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.mounts import project_root
 
 @dataclass
 class Seen:
-    """All that one system showed."""
+    """What one system showed."""
 
     steps: dict[str, list[Step]] = field(default_factory=dict)
     crashed: dict[str, str] = field(default_factory=dict)
@@ -31,14 +31,14 @@ class Seen:
     leftovers: list[str] = field(default_factory=list)
 
     def count(self) -> int:
-        """Return how many steps were done."""
+        """Return the number of steps."""
         return sum(map(len, self.steps.values()))
 
 
 def run_all(
     cases: dict[str, Quick], system: str, other: str, place: Place, *, looks: str, pattern: str = "*"
 ) -> Seen:
-    """Run the cases and look; *looks*: ``again`` after a mount, and at what the ``other`` shows."""
+    """Run the cases; *looks* may have ``again`` (snapshots after a remount) and ``other`` (by the other)."""
     fill(cases, place)
     seen = run_steps(cases, system, place, pattern, looks)
     if "again" in looks:
@@ -52,7 +52,7 @@ def run_all(
 
 
 def run_steps(cases: dict[str, Quick], system: str, place: Place, pattern: str, looks: str = "again") -> Seen:
-    """Run the cases on one system, mounted again where they ask for it."""
+    """Run the cases on one system, with the remounts that they ask for."""
     seen = Seen()
     result = place.at.with_name(f"{place.at.name}.steps")
     command = [sys.executable, "-S", "-m", "tests.parity.quick_child"]
@@ -82,7 +82,7 @@ def run_steps(cases: dict[str, Quick], system: str, place: Place, pattern: str, 
 
 
 def fill(cases: dict[str, Quick], place: Place) -> None:
-    """Make what some cases want to find in the upper."""
+    """Build the upper trees that some cases need."""
     wanted = {
         case.name: case.long.upper for case in cases.values() if case.long and case.long.upper is not None
     }
@@ -97,13 +97,13 @@ def fill(cases: dict[str, Quick], place: Place) -> None:
 
 
 def look(cases: dict[str, Quick], system: str, place: Place) -> dict[str, tree.Snapshot]:
-    """What one system shows of a store."""
+    """Return the snapshots that one system shows of a store."""
     with place.by(system):
         return {name: tree.snapshot(place.at / name) for name in cases}
 
 
 def in_upper(store: Path, lowers: Sequence[Path], prefix: str = upper.P) -> dict[str, tree.Snapshot]:
-    """What the upper in a store means, for each case."""
+    """Return the meaning of the upper in a store, for each case."""
     result: dict[str, tree.Snapshot] = {}
     for path, facts in upper.meaning(f"{store}/upper", [str(lower) for lower in lowers], prefix).items():
         name, _, rest = path.partition("/")
@@ -112,7 +112,7 @@ def in_upper(store: Path, lowers: Sequence[Path], prefix: str = upper.P) -> dict
 
 
 def compare(case: Quick, kernel: Seen, subject: Seen, names: tuple[str, str]) -> Iterator[str]:
-    """Yield in words what is wrong with one case."""
+    """Yield descriptions of the errors of one case."""
     name = case.name
     for system, seen in zip(names, (kernel, subject), strict=True):
         if name in seen.crashed:
@@ -146,7 +146,7 @@ def compare(case: Quick, kernel: Seen, subject: Seen, names: tuple[str, str]) ->
 
 
 def _compare_looks(name: str, both: Sequence[tuple[Step, Step]], names: tuple[str, str]) -> Iterator[str]:
-    """Yield what differs at the first step after which the trees did."""
+    """Yield the differences after the first step at which the trees differ."""
     before: tuple[tree.Snapshot, tree.Snapshot] | None = None
     for number, (one, two) in enumerate(both, 1):
         if one.snapshot is None or two.snapshot is None:

@@ -1,7 +1,7 @@
-"""The script of a case: operations on a merged tree, each recorded with its result or errno.
+"""The script of a case: operations on a merged tree, recorded with their results or errnos.
 
-Runs in a child of its own per system (see :mod:`tests.parity.child`), so that descriptors, the
-working directory and credentials are the case's alone. Standard library only.
+It runs in its own child process for each system (see :mod:`tests.parity.child`), so that no other case shares
+its descriptors, working directory and credentials. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass
 class Step:
-    """What happened at one step of a case."""
+    """One step of a case, and its result."""
 
     said: str
     result: Any = None
     snapshot: tree.Snapshot | None = None
     expected: dict[str, Any] | None = None
-    """Only where cowfs differs on purpose: the result that each system must give."""
+    """If cowfs differs on purpose, the result that each system must give."""
     reason: str = ""
 
 
 @dataclass
 class Case:
-    """One case: a function that acts on a :class:`Script`, and the layers it starts from."""
+    """A case: a function that acts on a :class:`Script`, and its layers."""
 
     name: str
     act: Callable[[Script], None]
     lowers: tuple[tree.Tree, ...]
     upper: tree.Tree | None = None
     upper_differs: str = ""
-    """Why the uppers of the two systems are not equal after this case; the merged trees still are."""
+    """Why the uppers differ after this case, although the merged trees are equal; "" if they are equal."""
     alone: bool = False
-    """It is about the root of a mount, or about the whole filesystem."""
+    """Whether it needs its own mount, because it is about the root or the whole filesystem."""
     doc: str = ""
 
 
@@ -55,7 +55,7 @@ CASES: dict[str, Case] = {}
 def case(
     *lowers: tree.Tree, upper: tree.Tree | None = None, upper_differs: str = "", alone: bool = False
 ) -> Callable[[Callable[[Script], None]], Callable[[Script], None]]:
-    """Register a case over *lowers*, topmost first, by the name of its function."""
+    """Register a case with *lowers*, topmost first, by the name of its function."""
 
     def register(act: Callable[[Script], None]) -> Callable[[Script], None]:
         assert act.__name__ not in CASES, f"two cases are called {act.__name__}"
@@ -69,7 +69,7 @@ def case(
 
 @dataclass
 class Script:
-    """Operations below *root*; paths are relative to it."""
+    """Operations below *root*; their paths are relative to it."""
 
     root: str
     system: str
@@ -79,31 +79,31 @@ class Script:
     # -- recording ---------------------------------------------------------------------------
 
     def step(self, said: str, operation: Callable[[], Any], *, look: bool = True) -> Any:
-        """Do *operation*, record what it gives or its errno, then look at the tree. Returns the result."""
+        """Do *operation*, record its result or errno, and take a snapshot; return the result."""
         result = attempt(operation)
         self.steps.append(Step(said, result, self.look() if look else None))
         return result
 
     def look(self) -> tree.Snapshot:
-        """The merged tree now."""
+        """Return a snapshot of the merged tree."""
         return tree.snapshot(self.root)
 
     def differs(
         self, reason: str, said: str, operation: Callable[[], Any], *, kernel: Any, cowfs: Any
     ) -> Any:
-        """A step where cowfs gives another result than the kernel, on purpose, for this *reason*."""
+        """Do a step whose result on cowfs differs from the kernel's on purpose, for this *reason*."""
         result = self.step(said, operation)
         self.steps[-1].expected = {"kernel": kernel, "cowfs": cowfs}
         self.steps[-1].reason = reason
         return result
 
     def remounted(self) -> None:
-        """Unmount and mount again; everything must be as it was, inode numbers too."""
+        """Unmount and mount again. Everything must be unchanged, including inode numbers."""
         self.remount()
         self.steps.append(Step("remount", None, self.look()))
 
     def at(self, path: str | bytes) -> Any:
-        """The full path."""
+        """Return the full path."""
         if isinstance(path, bytes):
             return os.path.join(os.fsencode(self.root), path)
         return os.path.join(self.root, path)
@@ -111,7 +111,7 @@ class Script:
     # -- files -------------------------------------------------------------------------------
 
     def create(self, path: str | bytes, data: bytes = b"", mode: int = 0o644) -> Any:
-        """Make a new file (O_EXCL) with *data*."""
+        """Create a file (O_EXCL) with *data*."""
         return self.open_do(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, lambda fd: os.write(fd, data), mode)
 
     def write(self, path: str | bytes, data: bytes, offset: int = 0) -> Any:
@@ -119,7 +119,7 @@ class Script:
         return self.open_do(path, os.O_WRONLY, lambda fd: os.pwrite(fd, data, offset))
 
     def append(self, path: str | bytes, data: bytes) -> Any:
-        """Write *data* to the end, through O_APPEND."""
+        """Append *data* with O_APPEND."""
         return self.open_do(path, os.O_WRONLY | os.O_APPEND, lambda fd: os.write(fd, data))
 
     def replace(self, path: str | bytes, data: bytes) -> Any:
@@ -129,7 +129,7 @@ class Script:
     def open_do(
         self, path: str | bytes, flags: int, use: Callable[[int], Any] = lambda fd: None, mode: int = 0o644
     ) -> Any:
-        """Open, use the descriptor, close; the result is that of *use*."""
+        """Open a file, use its descriptor, and close it; return the result of *use*."""
 
         def operation() -> Any:
             fd = os.open(self.at(path), flags, mode)
@@ -141,21 +141,21 @@ class Script:
         return self.step(f"open {path!r} {flags:#o}", operation)
 
     def open(self, path: str | bytes, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
-        """Open and keep open; the descriptor, or -1 when that failed."""
+        """Open a file and keep it open; return the descriptor, or -1 if it failed."""
         kept: list[int] = []
         self.step(f"open {path!r} {flags:#o}, kept", lambda: kept.append(os.open(self.at(path), flags, mode)))
         return kept[0] if kept else -1
 
     def fd(self, said: str, operation: Callable[[], Any]) -> Any:
-        """Any operation on a descriptor."""
+        """Do any operation on a descriptor."""
         return self.step(said, operation)
 
     def close(self, fd: int) -> Any:
-        """Close what :meth:`open` opened."""
+        """Close a descriptor from :meth:`open`."""
         return self.step("close", lambda: os.close(fd))
 
     def read(self, path: str | bytes) -> Any:
-        """The whole content."""
+        """Read the whole file."""
 
         def operation() -> bytes:
             with open(self.at(path), "rb") as file:
@@ -182,7 +182,7 @@ class Script:
         return self.step(f"mkdir {path!r}", lambda: os.mkdir(self.at(path), mode))
 
     def rename(self, old: str | bytes, new: str | bytes, flags: int = 0) -> Any:
-        """renameat2(2); the moved inode must keep its number."""
+        """renameat2(2). The inode must keep its number."""
         ino = attempt(lambda: os.lstat(self.at(old)).st_ino)
 
         def operation() -> Any:
@@ -192,7 +192,7 @@ class Script:
         return self.step(f"rename {old!r} {new!r} {flags}", operation)
 
     def link(self, old: str | bytes, new: str | bytes) -> Any:
-        """link(2), of a symbolic link itself where *old* is one."""
+        """link(2). If *old* is a symbolic link, link that itself."""
         return self.step(
             f"link {old!r} {new!r}", lambda: os.link(self.at(old), self.at(new), follow_symlinks=False)
         )
@@ -208,13 +208,13 @@ class Script:
         )
 
     def listdir(self, path: str | bytes) -> Any:
-        """The names, sorted."""
+        """List a directory, sorted."""
         return self.step(f"list {path!r}", lambda: sorted(os.listdir(self.at(path))), look=False)
 
     # -- attributes --------------------------------------------------------------------------
 
     def stat(self, path: str | bytes) -> Any:
-        """What must be equal of lstat(2)."""
+        """lstat(2), without the fields that may differ."""
 
         def operation() -> Any:
             st = os.lstat(self.at(path))
@@ -274,16 +274,16 @@ class Script:
     # -- others ------------------------------------------------------------------------------
 
     def as_user(self, uid: int, said: str, operation: Callable[[], Any], gid: int | None = None) -> Any:
-        """Do *operation* in a child that runs as *uid* (and *gid*) and has no privileges."""
+        """Do *operation* in a child process as *uid* and *gid*, without privileges."""
         return self.step(f"as {uid}: {said}", lambda: in_child(uid, uid if gid is None else gid, operation))
 
 
 class Failed(OSError):
-    """An errno that came from a child."""
+    """An errno from a child process."""
 
 
 def in_child(uid: int, gid: int, operation: Callable[[], Any]) -> Any:
-    """Run *operation* as another user; its result, or the OSError that it raised.
+    """Run *operation* as another user; return its result, or raise its OSError.
 
     Who is not root cannot be another: nothing is done.
     """
@@ -310,7 +310,7 @@ def in_child(uid: int, gid: int, operation: Callable[[], Any]) -> Any:
 
 
 def attempt(operation: Callable[[], Any]) -> Any:
-    """The result of *operation*, or ``errno NAME``."""
+    """Return the result of *operation*, or ``errno NAME``."""
     try:
         return operation()
     except OSError as error:
@@ -325,7 +325,7 @@ def renameat2(old: str | bytes, new: str | bytes, flags: int = 0) -> None:
 
 
 def load_cases() -> dict[str, Case]:
-    """Import every module of cases."""
+    """Import every module of cases; return the cases."""
     import importlib
     from pathlib import Path
 
@@ -335,5 +335,5 @@ def load_cases() -> dict[str, Case]:
 
 
 def note(text: str) -> None:
-    """Say something on stderr: for debugging a case."""
+    """Print to stderr, to debug a case."""
     print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What several files of quick cases say: open flags that fail, ACLs, fallocate(2)."""
+"""Helpers for quick cases: open flags that fail, ACLs, fallocate(2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases by an ordinary user: the kernel's overlayfs in a user namespace, and cowfs without one."""
+"""Run the cases as an ordinary user: the kernel's overlayfs in a user namespace, cowfs without one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity import ordinary
-from tests.parity.ordinary import ROOTS, P, Work, do
+from tests.parity.ordinary import ROOTS, P, Work, run_as_nobody
 from tests.parity.places import Place
 from tests.parity.quick import Quick, load
 from tests.parity.runs import compare, in_upper
@@ -23,13 +23,13 @@ PATTERN = os.environ.get("COWFS_PARITY_CASES", "*")
 LAYERS = 3
 NAMES = ("kernel", "cowfs")
 AS_EXT3 = {"posix_acls: step 10, removexattr 'acl' system.posix_acl_access"}
-"""Where cowfs does as ext3, and neither kernel does: to remove an ACL that is not there is no error."""
+"""Cases in which cowfs behaves like ext3, but the kernel does not: removing a missing ACL succeeds."""
 pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
 def here(nobody_path: Path) -> Iterator[Path]:
-    """An ext3 that nobody may write to: the kernel's overlayfs is not on everything there."""
+    """An ext3 in which nobody may create files: the kernel's overlayfs does not support every filesystem."""
     image, at = nobody_path / "ext3", nobody_path / "at"
     at.mkdir()
     with image.open("wb") as out:
@@ -54,29 +54,33 @@ def here(nobody_path: Path) -> Iterator[Path]:
     ],
 )
 def test_ordinary(kind: str, part: int, here: Path) -> None:
-    """As the kernel does it for a user; where that has no redirects and no index, as it does it for root."""
+    """Compare with the kernel's overlayfs for users, or with root's if that lacks redirects and index."""
     if not makes_user_namespaces():
         pytest.skip("needs user namespaces")
     cases = dict(itertools.islice(_cases().items(), 0, None, part))
     names = list(cases)
     lowers, roots_lowers = _build(here, "lower", P, cases), _build(here, "roots", upper.P, cases)
     store = here / "two" if kind == "directory" else here / "two.store"
-    subject = do(Work("cowfs", here / "m2", lowers, store, kind, names))
-    kernel = do(Work("kernel", here / "m1", lowers, here / "one", "directory", names))
-    by_root = do(Work(ROOTS, here / "m3", roots_lowers, here / "three", "directory", names))
+    subject = run_as_nobody(Work("cowfs", here / "m2", lowers, store, kind, names))
+    kernel = run_as_nobody(Work("kernel", here / "m1", lowers, here / "one", "directory", names))
+    by_root = run_as_nobody(Work(ROOTS, here / "m3", roots_lowers, here / "three", "directory", names))
     kernel.upper = _readable(in_upper(here / "one", lowers, P))
     by_root.upper = _readable(in_upper(here / "three", roots_lowers))
     if kind == "image":
         with Place(here / "m4", lowers, store, kind, made=True).seen() as opened:
             subject.upper = _readable(in_upper(opened, lowers))
             subject.leftovers = upper.leftovers(str(opened))
-            # Root's kernel does not read a user's marks.
+            # The overlayfs that root mounts ignores user.overlay attributes.
             plain = [name for name in names if not _has_marks(cases[name])]
-            subject.by_other = do(Work(ROOTS, here / "m5", lowers, opened, "directory", plain, runs=False))
+            subject.by_other = run_as_nobody(
+                Work(ROOTS, here / "m5", lowers, opened, "directory", plain, runs=False)
+            )
     else:
         subject.upper = _readable(in_upper(store, lowers, P))
         subject.leftovers = upper.leftovers(str(store), P)
-        kernel.by_other = do(Work("cowfs", here / "m5", lowers, here / "one", "directory", names, runs=False))
+        kernel.by_other = run_as_nobody(
+            Work("cowfs", here / "m5", lowers, here / "one", "directory", names, runs=False)
+        )
     print(f"{len(cases)} cases, {subject.count()} steps")
     wrong = [f"left in the store: {what}" for what in subject.leftovers]
     for case in cases.values():
@@ -89,12 +93,12 @@ def test_ordinary(kind: str, part: int, here: Path) -> None:
 
 
 def _place(line: str) -> str:
-    """Return where it is that something differs."""
+    """Return the names of the cases that differ."""
     return line.partition(": kernel ")[0].partition(": only in ")[0]
 
 
 def _cases() -> dict[str, Quick]:
-    """Return all but those that find something in an upper, which no user can make."""
+    """Return all cases but those that need something in the upper that no user can create."""
     every = load().items()
     return {
         name: case
@@ -109,7 +113,7 @@ def _has_marks(case: Quick) -> bool:
 
 
 def _readable(seen: dict[str, tree.Snapshot]) -> dict[str, tree.Snapshot]:
-    """What is in an upper, as if its owner could read it: a user's cowfs must, and notes the mode to show."""
+    """Return the meaning of an upper whose modes allow its owner to read it, as cowfs needs."""
     for facts in itertools.chain.from_iterable(case.values() for case in seen.values()):
         if "mode" in facts:
             facts["mode"] = oct(int(facts["mode"], 8) | (0o700 if facts["type"] == "dir" else 0o400))
@@ -117,7 +121,7 @@ def _readable(seen: dict[str, tree.Snapshot]) -> dict[str, tree.Snapshot]:
 
 
 def _build(here: Path, name: str, prefix: str, cases: dict[str, Quick]) -> list[Path]:
-    """Make the lowers, not on the filesystem of the stores."""
+    """Build the lowers on another filesystem than the stores."""
     lowers = [here.parent / f"{name}{number}" for number in range(LAYERS)]
     for number, lower in enumerate(lowers):
         lower.mkdir()

@@ -23,7 +23,7 @@ pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(120)]
 
 @pytest.mark.parametrize("name", [name for name, case in load_cases().items() if case.alone])
 def test_parity(name: str, tmp_path: Path, ext3: Path) -> None:
-    """Same results, same trees after every step, same meaning of the upper, readable by each other."""
+    """Results, trees after every step, and the meaning of the uppers are equal; both read each other's."""
     case = load_cases()[name]
     lowers = [tmp_path / f"lower{number}" for number in range(len(case.lowers))]
     for place, contents in zip(lowers, case.lowers, strict=True):
@@ -41,7 +41,7 @@ def test_parity(name: str, tmp_path: Path, ext3: Path) -> None:
 
 
 def _compare(case: Case, lowers: list[Path], scratch: Path, place: Path) -> list[str]:
-    """What is wrong, in words."""
+    """Return descriptions of the errors."""
     names = ("kernel", SUBJECT)
     stores = [scratch / "one", scratch / "two"]
     mounts = [place / "one", place / "two"]
@@ -65,7 +65,7 @@ def _compare(case: Case, lowers: list[Path], scratch: Path, place: Path) -> list
     if not case.upper_differs:
         wrong += [f"upper: {line}" for line in tree.differences(kernel.upper, subject.upper, names)]
     wrong += [f"left in the store: {what}" for what in subject.leftovers]
-    # Each reads what the other has written.
+    # Each system reads what the other has written.
     with SYSTEMS["kernel"](lowers, stores[1], mounts[1]):
         by_kernel = tree.snapshot(mounts[1])
     wrong += _unlike(subject.again, by_kernel, f"{SUBJECT}'s upper seen by {SUBJECT}", "by the kernel")

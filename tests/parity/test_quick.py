@@ -1,7 +1,7 @@
-"""All cases on the kernel's overlayfs and on cowfs, and each system on what the other has written.
+"""Run all cases on the kernel's overlayfs and on cowfs, and let each system read the other's store.
 
-COWFS_PARITY_CASES limits them to the names that match; with COWFS_PARITY_SUBJECT=kernel the kernel is held
-against itself: a case that fails then is wrong.
+COWFS_PARITY_CASES is a pattern for the names of cases. COWFS_PARITY_SUBJECT=kernel compares the kernel with
+itself; a case that fails then is wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ UNLIKE_OVER_SQUASHFS = {
         "overlayfs sets no ACL on a file of a squashfs, which has none: ovl_set_or_remove_acl()",
     ),
 }
-"""Cases in which the kernel's overlayfs is no reference if the lower is a squashfs."""
+"""Cases that differ between cowfs and the kernel's overlayfs if the lower is a squashfs."""
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,10 @@ UNLIKE_OVER_SQUASHFS = {
     ],
 )
 def test_quick(kind: str, looks: str, tmp_path: Path, ext3: Path) -> None:
-    """Same results, same trees, same meaning of the upper, readable by each other.
+    """Results, trees, and the meaning of the uppers are equal, and each system reads the other's store.
 
-    Of squashfs there is one: the kernel's overlayfs has no index over several, whose UUIDs are all null.
+    Only one lower is a squashfs: the UUIDs of squashfs are null, so the kernel's overlayfs has no index over
+    several.
     """
     cases = {name: case for name, case in load().items() if fnmatch.fnmatch(name, PATTERN)}
     of_squashfs = "squashfs" in looks
@@ -74,7 +75,7 @@ def test_quick(kind: str, looks: str, tmp_path: Path, ext3: Path) -> None:
                 tree.build(lower / name, case.lowers[number])
         os.utime(lower, ns=(tree.EPOCH_NS, tree.EPOCH_NS))
     untouched = [tree.snapshot(lower, private=True) for lower in lowers]
-    options = ("-b", "4096")  # the holes that it knows
+    options = ("-b", "4096")  # so that squashfs stores the holes
     images = [mksquashfs(Path(f"{place}.sfs"), place, options=options) for place in lowers if of_squashfs]
     scratch = ext3 / tmp_path.name
     scratch.mkdir()
@@ -89,16 +90,17 @@ def test_quick(kind: str, looks: str, tmp_path: Path, ext3: Path) -> None:
         shutil.rmtree(scratch)
     print(f"{len(cases)} cases, {subject.count()} steps")
     wrong = [line for case in cases.values() for line in compare(case, kernel, subject, NAMES)]
-    wrong += [f"left in the store: {what}" for what in subject.leftovers]
+    wrong += [f"left in the store: {name}" for name in subject.leftovers]
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
     assert [tree.snapshot(lower, private=True) for lower in lowers] == untouched, "a lower was changed"
 
 
 def _of_one_lower(cases: dict[str, Quick]) -> dict[str, Quick]:
-    """Return the cases for which one squashfs is enough.
+    """Return the cases that need only one lower.
 
-    Between images a file is copied up when it is written to, in overlayfs when it is opened for that.
+    With images, cowfs copies a file up at the first write; overlayfs does when the file is opened for
+    writing.
     """
     return {
         name: replace(case, upper_differs=case.upper_differs or "copied up by the first write")

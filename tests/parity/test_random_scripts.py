@@ -1,4 +1,4 @@
-"""Random scripts on the kernel's overlayfs and on cowfs: the same results and trees, whoever mounts them."""
+"""Run random scripts on the kernel's overlayfs and on cowfs: results and trees must be equal."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NAMES = ("kernel", SUBJECT)
 pytestmark = [needs_root, needs_fuse]
 at_night = pytest.mark.nightly
 DAY = 2
-"""So many rounds are done by day, always the same."""
+"""The number of rounds by day, with a fixed seed."""
 _KERNELS_NUMBERS = ("ino", "d_ino")
-"""It does not always list a directory that was renamed with its inode number."""
+"""The kernel does not always list a renamed directory with its inode number."""
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ _KERNELS_NUMBERS = ("ino", "d_ino")
 )
 @pytest.mark.timeout(1800)
 def test_random_scripts(kind: str, rounds: int, steps: int, tmp_path: Path, ext3: Path) -> None:
-    """Each round on the tree that the one before has left."""
+    """Each round continues with the tree of the previous one."""
     lowers = [tmp_path / "top", tmp_path / "bottom"]
     for lower, content in zip(lowers, (TOP, BOTTOM), strict=True):
         tree.build(lower, content)
@@ -61,7 +61,7 @@ def test_random_scripts(kind: str, rounds: int, steps: int, tmp_path: Path, ext3
 
 
 def _round(kernel: Place, subject: Place, seed: int, steps: int) -> list[str]:
-    """Do so many steps on both; return what differs, in words."""
+    """Do *steps* operations on both systems; return descriptions of the differences."""
     with kernel.kernel(), subject.by(SUBJECT):
         scripts = [RandomScript(str(place.at), seed) for place in (kernel, subject)]
         try:
@@ -94,10 +94,10 @@ def _unlike(scripts: list[RandomScript], start: int) -> list[str]:
 
 
 def _trees(kernel: Path, subject: Path) -> list[str]:
-    """Return what differs, but for what the kernel does wrong.
+    """Return the differences, except for errors of the kernel.
 
-    A metacopy that is opened to be written to, and directories above what it copies up for a rename that then
-    fails, get a new mtime.
+    The kernel sets a new mtime for a metacopy that is opened for writing, and for directories above a file
+    that it copies up for a rename that fails.
     """
     wanted, found = (tree.stable(tree.snapshot(at), ignore=_KERNELS_NUMBERS) for at in (kernel, subject))
     for path in wanted.keys() & found.keys():

@@ -1,8 +1,8 @@
-"""The long cases among the small ones: on the same mounts, each in a process of its own.
+"""Run the long cases together with the small ones: on the same mounts, each in its own process.
 
-A long case changes its user and its directory, may look at its tree after each step, and asks for a remount
-in its midst: its process waits there until all other cases have come to a remount, or to their end.
-Standard library only, as for all that the child imports.
+A long case changes its user and its directory, and may take a snapshot after each step. When it asks for a
+remount, its process waits until all other cases have reached a remount or their end. Standard library only,
+like everything that the child process imports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ASKED, _ENDED = b"r", b"e"
 
 
 def run(case: Case, script: Script) -> Generator[None, None, list[Step]]:
-    """Run a case to its next remount, at which this yields; return its steps."""
+    """Run a case; yield at each remount, and return its steps at the end."""
     to_us, from_it = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:

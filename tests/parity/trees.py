@@ -1,4 +1,4 @@
-"""The lower trees that most cases start from."""
+"""The lower trees of most cases."""
 
 from __future__ import annotations
 
