@@ -1,8 +1,8 @@
-"""Exercise damaged copies of images, with bounds on time and memory: ``python -m tests.fuzz.batch``.
+"""Exercise damaged copies of images, with limits on time and memory: ``python -m tests.fuzz.batch``.
 
     python -m tests.fuzz.batch [--start N] [--count N] [--seconds S] [--memory MIB] IMAGE...
 
-Exit 0: nothing happened. Whatever else happens names the image and the number of the mutation first.
+Exit status 0 means no finding. Any other message begins with the image and the number of the mutation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tests.fuzz.exercise import exercise
 from tests.fuzz.mutate import mutate
 
 SLOW = 10.0
-"""Seconds of processor time that one image may cost."""
+"""Seconds of processor time for one image."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit code."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--start", type=int, default=0, help="the first mutation")
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="end earlier after this time")
     parser.add_argument("--memory", type=int, default=256, help="MiB of memory to allocate at most")
     options = parser.parse_args(arguments)
-    # Not RLIMIT_AS: malloc reserves address space for each thread, which costs nothing.
+    # Not RLIMIT_AS: malloc reserves address space for each thread without using memory.
     resource.setrlimit(resource.RLIMIT_DATA, (options.memory << 20, options.memory << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     originals = [(path.name, path.read_bytes()) for path in options.images]

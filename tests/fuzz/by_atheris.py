@@ -1,6 +1,6 @@
-"""Runs a Python target by atheris, if there is one: ``python -m tests.fuzz.by_atheris TARGET FINDINGS ...``.
+"""Run a Python target with atheris, if installed: ``python -m tests.fuzz.by_atheris TARGET FINDINGS ...``.
 
-What follows is for libFuzzer: directories of inputs, and its options. It ends at the first finding.
+The other arguments are for libFuzzer: directories of inputs, and options. It stops at the first finding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.fuzz.driver import Target
 
 
 def main() -> None:
-    """Fuzz until something is found, or until libFuzzer's options say that it is enough."""
+    """Fuzz until there is a finding, or until libFuzzer's options end the run."""
     import atheris
 
     name, findings, *rest = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""Mutations of inputs of which nothing is known, or that they are text."""
+"""Mutations of inputs with an unknown format, or of text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PIECES = (
 
 
 def mutate(data: bytes, choose: random.Random) -> bytes:
-    """Return *data* with some changes: bits, numbers, pieces that are left out, repeated or put in."""
+    """Return *data* with changed bits and numbers, and with pieces removed, repeated or inserted."""
     changed = bytearray(data)
     for _ in range(choose.choice((1, 1, 2, 3, 8))):
         at = choose.randrange(len(changed) + 1)

@@ -1,10 +1,10 @@
-"""Fuzzes a Python target: mutates what it has, and keeps what reaches lines that nothing reached before.
+"""Fuzz a Python target: mutate its inputs, and keep the inputs that reach new lines.
 
     python -m tests.fuzz.driver TARGET [--seconds S] [--seed N] [--findings DIR] [--keep DIR] INPUT...
 
-Whatever is in the directories and files INPUT is run first, then what is made of it. Exit 1: there are
-findings; each is in DIR, and what happened is printed. An input that ends the process, or takes longer than
-it may, is in the file ``last`` there.
+It first runs the inputs in the files and directories INPUT, then mutations of them. It writes each finding to
+DIR and prints its traceback. Exit status 1 means that there are findings. If an input kills the process or
+takes too long, it is in the file ``last`` in DIR.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from tests.fuzz.bytes import mutate as mutate_bytes
 
 Run = Callable[[bytes], object]
 MEMORY = 768 << 20
-"""Bytes that may be allocated."""
-PATIENCE = 20.0
+"""The limit of memory, in bytes."""
+INPUT_TIMEOUT = 20.0
 """Seconds that one input may take."""
 _DISTINCT = 10
-"""So many findings, at different places, are enough."""
+"""Stop after this number of findings at different places."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is fuzzed: each module of tests.fuzz.targets has one, ``TARGET``."""
+    """A fuzz target. Each module in tests.fuzz.targets has one, called ``TARGET``."""
 
     run: Callable[[], AbstractContextManager[Run]]
-    """Gives what is done with an input; an exception out of that is a finding."""
+    """Returns the function that runs an input. An exception from that function is a finding."""
     seeds: Callable[[], list[bytes]]
-    """Inputs to begin with."""
+    """Returns the initial inputs."""
     measured: tuple[str, ...]
-    """The modules whose lines count, by how their names begin."""
+    """The prefixes of the modules whose lines are measured."""
     mutate: Callable[[bytes, random.Random], bytes] = mutate_bytes
     largest: int = 1 << 17
-    """Bytes that an input has at most."""
+    """The maximum size of an input in bytes."""
 
 
 class Lines:
-    """The lines of some modules that have been run."""
+    """The lines of some modules that have run."""
 
     def __init__(self, measured: tuple[str, ...]) -> None:
         base = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -65,7 +65,7 @@ class Lines:
         self.start()
 
     def start(self) -> None:
-        """Begin, by what this Python has for it."""
+        """Start to record lines, with sys.monitoring or sys.settrace."""
         if sys.version_info >= (3, 12):
             monitoring = sys.monitoring
             monitoring.use_tool_id(4, "fuzz")
@@ -83,7 +83,7 @@ class Lines:
     def _line(self, code: CodeType, line: int) -> Any:
         if self._is_ours(code):
             self.seen.add((code.co_filename, line))
-        return sys.monitoring.DISABLE  # type: ignore[attr-defined,unused-ignore] # each is told once
+        return sys.monitoring.DISABLE  # type: ignore[attr-defined,unused-ignore] # report each line once
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
@@ -91,7 +91,7 @@ class Lines:
         if left is None:
             lines = {line for _, _, line in code.co_lines() if line} if self._is_ours(code) else set()
             left = self._left[code] = lines
-        return self._trace if left else None  # there is nothing new to be seen in it
+        return self._trace if left else None  # no new lines are left in it
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line" and frame.f_lineno in self._left[frame.f_code]:
@@ -102,7 +102,7 @@ class Lines:
 
 @dataclass
 class Fuzzer:
-    """One run of the fuzzer."""
+    """A run of the fuzzer."""
 
     target: Target
     run: Run
@@ -114,11 +114,11 @@ class Fuzzer:
     places: set[str] = field(default_factory=set)
 
     def one(self, data: bytes) -> bool:
-        """Run an input; return whether it reached something new."""
+        """Run an input; return whether it reached new lines."""
         before = len(self.lines.seen) if self.lines else 0
         os.pwrite(self._last, data, 0)
         os.ftruncate(self._last, len(data))
-        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        faulthandler.dump_traceback_later(INPUT_TIMEOUT, exit=True)
         try:
             self.run(data)
         except (KeyboardInterrupt, SystemExit):
@@ -129,7 +129,7 @@ class Fuzzer:
         return self.lines is not None and len(self.lines.seen) > before
 
     def begin(self, inputs: list[bytes]) -> None:
-        """Run all that there is."""
+        """Run the initial inputs."""
         self.findings.mkdir(parents=True, exist_ok=True)
         self._last = os.open(self.findings / "last", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         for data in inputs:
@@ -137,7 +137,7 @@ class Fuzzer:
         self.pool = list(inputs)
 
     def fuzz(self, choose: random.Random, deadline: float, runs: int) -> None:
-        """Go on with what can be made of it, until the time or the number of runs is up."""
+        """Run mutations until the time or the number of runs is over."""
         end = self.done + runs
         while time.monotonic() < deadline and self.done < end and len(self.places) < _DISTINCT:
             data = self.target.mutate(choose.choice(self.pool), choose)[: self.target.largest]
@@ -147,7 +147,7 @@ class Fuzzer:
                     (self.keep / _name(data)).write_bytes(data)
 
     def end(self) -> None:
-        """All inputs have been run: the last one has done nothing."""
+        """End the run: the last input was no finding."""
         faulthandler.cancel_dump_traceback_later()
         os.close(self._last)
         (self.findings / "last").unlink()
@@ -175,17 +175,17 @@ def _inputs(paths: list[Path]) -> Iterator[bytes]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit code."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target")
     parser.add_argument("inputs", nargs="*", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--runs", type=int, default=1 << 60, help="inputs to make at most")
+    parser.add_argument("--runs", type=int, default=1 << 60, help="maximum number of new inputs")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--findings", type=Path, default=Path(".cache/fuzz/findings"))
-    parser.add_argument("--keep", type=Path, help="put inputs that reach something new there")
+    parser.add_argument("--keep", type=Path, help="directory for inputs that reach new lines")
     options = parser.parse_args(arguments)
     target: Target = importlib.import_module(f"tests.fuzz.targets.{options.target}").TARGET
     seed = random.randrange(1 << 32) if options.seed is None else options.seed
@@ -199,13 +199,13 @@ def main(arguments: list[str] | None = None) -> int:
         begin = time.monotonic()
         fuzzer.begin([*target.seeds(), *_inputs(options.inputs)])
         if options.runs and options.seconds:
-            print(f"{options.target}: {fuzzer.done} inputs to begin with; the seed is {seed}", flush=True)
+            print(f"{options.target}: {fuzzer.done} initial inputs; the seed is {seed}", flush=True)
             fuzzer.fuzz(random.Random(seed), begin + options.seconds, options.runs)
         fuzzer.end()
     seen = len(fuzzer.lines.seen) if fuzzer.lines else 0
-    took = max(time.monotonic() - begin, 0.001)
+    seconds = max(time.monotonic() - begin, 0.001)
     print(
-        f"{options.target}: {fuzzer.done} runs in {took:.0f} s ({fuzzer.done / took:.0f}/s),"
+        f"{options.target}: {fuzzer.done} runs in {seconds:.0f} s ({fuzzer.done / seconds:.0f}/s),"
         f" {seen} lines reached, {len(fuzzer.pool)} inputs, {len(fuzzer.places)} findings"
     )
     return 1 if fuzzer.places else 0

@@ -1,4 +1,4 @@
-"""Do everything that can be done with an image; only refusals and OSError may come of it."""
+"""Use an image in every way; only refusals and OSError may result."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ALLOWED = {errno.EIO, errno.EFBIG, errno.ENODATA, errno.EOPNOTSUPP}
 _NAMES = 400
-"""So many names of an image are looked at."""
+"""The maximum number of names to look at in an image."""
 _BYTES = 4 << 20
-"""So much of a file is read."""
+"""The number of bytes to read of a file."""
 
 
 def exercise(image: bytes) -> int:
-    """Open *image*, walk it, read and copy; returns how many names were seen, -1 if it was refused.
+    """Open *image*, walk it, read and copy; return the number of names, or -1 if it was refused.
 
     Raises whatever an image must not lead to: any exception but LayerError and the expected OSErrors.
     """
@@ -34,7 +34,7 @@ def exercise(image: bytes) -> int:
 
 
 def exercise_as(kind: Callable[[str], LowerLayer], data: bytes) -> int:
-    """Do the same with *data* as a layer of this kind."""
+    """Use *data* as a layer of this kind, in the same way."""
     fd = os.memfd_create("image")
     try:
         os.write(fd, data)
@@ -49,7 +49,7 @@ def exercise_as(kind: Callable[[str], LowerLayer], data: bytes) -> int:
 
 
 def walk(layer: LowerLayer, top: Key = None) -> int:
-    """Do what can be done with a layer, from *top* or its root on; return how many names were seen."""
+    """Use a layer in every way, from *top* or its root; return the number of names."""
     layer.statfs()
     for call in ("identity", "summary"):
         if hasattr(layer, call):
@@ -75,7 +75,7 @@ def walk(layer: LowerLayer, top: Key = None) -> int:
 
 def _look(layer: LowerLayer, key: Key, mode: int) -> None:
     handle = layer.handle(key)
-    if handle is not None:  # another inode has its number
+    if handle is not None:  # another inode has the same number
         layer.handle_ino(handle)
     for name in _try(layer.listxattr, key) or []:
         _try(layer.getxattr, key, name)

@@ -1,4 +1,4 @@
-"""Damage for squashfs images: bytes flipped, cut off, lengths and offsets forged. The same at each run."""
+"""Damage squashfs images: flip, cut off and forge bytes. The same seed gives the same damage."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FIELDS = (
     *((position, "<H") for position in range(20, 32, 2)),
     *((position, "<Q") for position in range(32, 96, 8)),
 )
-"""(position, format) of what the superblock has, but for the magic number."""
+"""(position, format) of the fields of the superblock, except the magic number."""
 
 
 def mutate(image: bytes, seed: int) -> bytes:
-    """A damaged copy of *image*: which damage is up to *seed* alone."""
+    """Return a damaged copy of *image*, which depends only on *seed*."""
     choose = random.Random(seed)
     data = bytearray(image)
     how = choose.choice((_flip, _flip, _forge, _forge, _tables, _tables, _superblock, _cut, _copy, _zero))
@@ -47,12 +47,12 @@ def _put(data: bytearray, position: int, choose: random.Random) -> None:
 
 
 def _forge(data: bytearray, choose: random.Random) -> None:
-    """A number anywhere becomes another one."""
+    """Replace a number anywhere."""
     _put(data, choose.randrange(len(data)), choose)
 
 
 def _tables(data: bytearray, choose: random.Random) -> None:
-    """The same, or a flipped bit, where inodes and directories are."""
+    """Replace a number or flip a bit in inodes and directories."""
     (begin,) = struct.unpack_from("<Q", data, 64)
     if not 96 <= begin < len(data):
         begin = 96
@@ -73,14 +73,14 @@ def _superblock(data: bytearray, choose: random.Random) -> None:
 
 
 def _cut(data: bytearray, choose: random.Random) -> None:
-    """The end is missing; half the time the superblock agrees with that."""
+    """Cut off the end; half of the time, change the size in the superblock too."""
     del data[choose.randrange(96, len(data)) :]
     if choose.random() < 0.5:
         struct.pack_into("<Q", data, 40, len(data))
 
 
 def _copy(data: bytearray, choose: random.Random) -> None:
-    """A piece overwrites another: valid things in the wrong place."""
+    """Overwrite one piece with another: valid data in the wrong place."""
     size = choose.choice((2, 4, 8, 16, 32, 100, 1000))
     source, target = choose.randrange(len(data)), choose.randrange(96, len(data))
     piece = data[source : source + size][: len(data) - target]
@@ -88,7 +88,7 @@ def _copy(data: bytearray, choose: random.Random) -> None:
 
 
 def _zero(data: bytearray, choose: random.Random) -> None:
-    """A sector is lost."""
+    """Clear a sector."""
     begin = choose.randrange(96, len(data))
     end = min(begin + choose.choice((16, 512, 4096)), len(data))
     data[begin:end] = bytes(end - begin)

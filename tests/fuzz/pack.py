@@ -1,6 +1,6 @@
-"""Packs inputs into the corpus: ``python -m tests.fuzz.pack TARGET DIRECTORY...``.
+"""Pack inputs into the corpus: ``python -m tests.fuzz.pack TARGET DIRECTORY...``.
 
-Of those for ext3 only as many are taken as it takes to reach all that they reach.
+Of the inputs for ext3, only as many are packed as it takes to reach all lines that they reach.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.system import run
 
 
 def smallest(directories: list[str], place: Path) -> Path:
-    """Return a directory in *place* with those of the inputs for ext3 that are needed."""
+    """Return a directory in *place* with the inputs for ext3 that are needed."""
     fuzzer = build.up_to_date(Path(project_root()) / ".cache/fuzz/engine/fuzzer")
     out = place / "out"
     out.mkdir()
@@ -32,7 +32,7 @@ def smallest(directories: list[str], place: Path) -> Path:
 
 
 def pack(target: str, directories: list[Path]) -> Path:
-    """Write CORPUS/TARGET.zip; the same inputs give the same bytes."""
+    """Write CORPUS/TARGET.zip. The same inputs give the same bytes."""
     inputs = {path.read_bytes() for directory in directories for path in directory.iterdir()}
     archive = CORPUS / f"{target}.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
@@ -42,7 +42,7 @@ def pack(target: str, directories: list[Path]) -> Path:
 
 
 def main() -> None:
-    """Pack."""
+    """Run the command line; return the exit status."""
     target, *directories = sys.argv[1:]
     with tempfile.TemporaryDirectory(dir=images.scratch()) as place:
         taken = (

@@ -1,9 +1,10 @@
-"""Runs the fuzzers, one after the other: ``make fuzz``.
+"""Run the fuzzers one after the other: ``make fuzz``.
 
     python -m tests.fuzz.run [--seconds S] [--seed N] [--corpus-only] [--place DIR] [TARGET...]
 
-What they find is in .cache/fuzz/TARGET/findings, what they said about it in .cache/fuzz/TARGET/log; inputs
-that reach something new are kept in .cache/fuzz/TARGET/inputs for the next time. Exit 1: something was found.
+Findings are in .cache/fuzz/TARGET/findings, and the fuzzer's output is in .cache/fuzz/TARGET/log. Inputs that
+reach new lines are kept in .cache/fuzz/TARGET/inputs for the next run. Exit status 1 means that there are
+findings.
 """
 
 from __future__ import annotations
@@ -29,54 +30,41 @@ from tests.fuzz.ext3 import build
 from tests.support.mounts import project_root
 
 TARGETS = (
-    *(
-        "ext3",
-        "squashfs",
-        "tar",
-        "zip",
-        "iso9660",
-        "union",
-        "attributes",
-        "header",
-        "trash",
-        "records",
-        "checkpoints",
-        "convert",
-    ),
-    *("control", "options"),
-)
+    "ext3", "squashfs", "tar", "zip", "iso9660", "union", "attributes", "header", "trash", "records",
+    "checkpoints", "convert", "control", "options",
+)  # fmt: skip
 CORPUS = Path(__file__).parent / "corpus"
-_TELL_EVERY = 10.0
-"""Seconds."""
+_STATUS_INTERVAL = 10.0
+"""Seconds between status lines."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How to fuzz one target."""
+    """How to fuzz a target."""
 
     place: Path
-    """Where findings, inputs and programs are kept."""
+    """The directory for findings, inputs and programs."""
     seconds: float
-    """0: only run what is in the corpus."""
+    """Seconds to fuzz; 0 to run only the corpus."""
     seed: int
     fsck_every: int = 50
-    """So manieth sound image of ext3 is given to e2fsck."""
+    """Check one of this number of sound ext3 images with e2fsck."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of it."""
+    """The result of fuzzing a target."""
 
     target: str
     runs: int
     said: str
-    """The fuzzer's last words."""
+    """The last line of the fuzzer's output."""
     findings: list[Path]
     log: Path
 
 
 def fuzz(target: str, wanted: Wanted) -> Result:
-    """Fuzz one target. Blocks for as long as that takes."""
+    """Fuzz a target; return the result. Blocks until the time is over."""
     here = wanted.place / target
     findings, inputs, log = here / "findings", here / "inputs", here / "log"
     shutil.rmtree(findings, ignore_errors=True)
@@ -86,8 +74,8 @@ def fuzz(target: str, wanted: Wanted) -> Result:
         corpus = [*_corpus(target, Path(scratch)), inputs]
         environment = {**os.environ, "COWFS_FUZZ_IMAGES": scratch, "COWFS_FUZZ_FSCK": str(wanted.fsck_every)}
         environment["ASAN_OPTIONS"] = "quarantine_size_mb=64"
-        environment["TMPDIR"] = scratch  # atheris ends the process, and nothing in it tidies up
-        environment.pop("COVERAGE_PROCESS_CONFIG", None)  # it costs nine tenths of the runs
+        environment["TMPDIR"] = scratch  # atheris exits without cleaning up
+        environment.pop("COVERAGE_PROCESS_CONFIG", None)  # coverage makes the runs ten times slower
         command = (
             _engine(wanted, here, Path(scratch), corpus)
             if target == "ext3"
@@ -95,20 +83,20 @@ def fuzz(target: str, wanted: Wanted) -> Result:
         )
         code = _run(command, environment, log, target, wanted)
     last = findings / "last"
-    if last.exists():  # it ended the process
+    if last.exists():  # the input killed the process
         last.rename(findings / f"end-{hashlib.sha1(last.read_bytes()).hexdigest()[:16]}")
     said = log.read_text(errors="replace")
     numbers = re.findall(r"#(\d+)\s+DONE|^\w+: (\d+) runs in|^#(\d+)\s", said, re.MULTILINE)
     runs = max((int(number) for numbers_ in numbers for number in numbers_ if number), default=0)
     found = sorted(findings.iterdir())
     if code and not found:
-        found = [log]  # something is wrong with the fuzzer itself
+        found = [log]  # the fuzzer itself failed
     lines = said.strip().splitlines()
     return Result(target, runs, lines[-1] if lines else "", found, log)
 
 
 def _corpus(target: str, scratch: Path) -> Iterator[Path]:
-    """What is kept of a target: what has done harm, and, packed, what reaches much."""
+    """Yield the directories of the corpus: former findings, and unpacked inputs that reach many lines."""
     if (CORPUS / target).is_dir():
         yield CORPUS / target
     archive = CORPUS / f"{target}.zip"
@@ -121,7 +109,7 @@ def _corpus(target: str, scratch: Path) -> Iterator[Path]:
 def _engine(wanted: Wanted, here: Path, scratch: Path, corpus: list[Path]) -> list[str]:
     build.make_images(scratch)
     fuzzer = build.up_to_date(wanted.place / "engine" / "fuzzer")
-    # Two processors may be shared with much else, and most of the memory is what AddressSanitizer holds back.
+    # The limits allow for a busy machine, and for the memory that AddressSanitizer keeps in quarantine.
     limits = ["-timeout=60", "-rss_limit_mb=2048", "-malloc_limit_mb=256", "-max_len=3200", "-len_control=20"]
     how = [
         f"-seed={wanted.seed % 0xFFFFFFFF or 1}",
@@ -130,7 +118,7 @@ def _engine(wanted: Wanted, here: Path, scratch: Path, corpus: list[Path]) -> li
     ]
     if not wanted.seconds:
         return [str(fuzzer), *limits, *how, "-runs=0", *map(str, corpus)]
-    # The first directory gets what is new.
+    # libFuzzer writes new inputs to the first directory.
     return [str(fuzzer), *limits, *how, f"-max_total_time={wanted.seconds:.0f}", *map(str, reversed(corpus))]
 
 
@@ -155,7 +143,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path, target: str
     try:
         while True:
             try:
-                return process.wait(_TELL_EVERY)
+                return process.wait(_STATUS_INTERVAL)
             except subprocess.TimeoutExpired:
                 took = time.monotonic() - begin
                 if took > 3 * wanted.seconds + 180:
@@ -168,7 +156,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path, target: str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit code."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""The fuzzers for half a minute, and in the night for ten minutes each: first with what once did harm.
+"""Run the fuzzers: for half a minute together by day, for ten minutes each at night, former findings first.
 
-The seed is in the message of a failure, and the input that did it in the directory that is named.
+The message of a failure has the seed, and the directory with the input that caused it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SHARES = {
         ("tar", "zip", "iso9660", "attributes", "header", "records", "checkpoints", "options"), 1
     ),
 }
-"""Seconds for each of the targets, of thirty."""
+"""Seconds for each target by day."""
 _AT_NIGHT = 600
-"""Seconds for each."""
+"""Seconds for each target at night."""
 _LARGEST_CORPUS = 1 << 20
 
 
@@ -40,7 +40,7 @@ def test_every_target_has_its_time_and_its_corpus() -> None:
 
 
 def go(target: str, seconds: float, tmp_path: Path) -> None:
-    """Fuzz one target; what is found stays where the next run does not remove it."""
+    """Fuzz a target; keep findings where the next run does not remove them."""
     if target == "ext3" and not build.has_clang():
         pytest.skip("needs clang with libFuzzer (Debian: clang, libclang-rt-dev)")
     seed = int(os.environ.get("COWFS_FUZZ_SEED") or random.randrange(1 << 32))

@@ -1,4 +1,4 @@
-"""Builds the fuzzer of the ext3 engine, and the images that it begins with."""
+"""Build the fuzzer of the ext3 engine, and its initial images."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 
 
 def has_clang() -> bool:
-    """Whether there is a clang with libFuzzer."""
+    """Return whether clang with libFuzzer is installed."""
     return shutil.which("clang") is not None
 
 
 def build(out: Path, *, libfuzzer: bool = True, compiler: str = "clang", flags: Iterable[str] = ()) -> Path:
-    """Compile the fuzzer; without *libfuzzer* what runs the inputs that it is given, with any compiler.
+    """Compile the fuzzer; without *libfuzzer*, a program that runs given inputs, with any compiler.
 
-    What else the compiler writes is beside *out*.
+    Other output of the compiler is beside *out*.
     """
     root, out = Path(project_root()), out.absolute()
     sources = [root / ENGINE / f"{name}.c" for name in ENGINE_SOURCES]
@@ -47,7 +47,7 @@ def build(out: Path, *, libfuzzer: bool = True, compiler: str = "clang", flags: 
 
 
 def up_to_date(out: Path) -> Path:
-    """Compile it if what it is made of has changed since."""
+    """Compile the fuzzer if a source is newer; return its path."""
     sources = [*HERE.glob("*.[ch]"), *(Path(project_root()) / ENGINE).glob("*.[ch]"), Path(__file__)]
     if not out.exists() or any(path.stat().st_mtime > out.stat().st_mtime for path in sources):
         build(out)
@@ -55,7 +55,7 @@ def up_to_date(out: Path) -> Path:
 
 
 def make_images(place: Path) -> Path:
-    """Make the images that the fuzzer begins with, and the maps of what is where in them: N.img, N.map."""
+    """Make the initial images and maps of their structures, N.img and N.map."""
     place.mkdir(parents=True, exist_ok=True)
     made = make_originals(place / "originals")
     made.append(_nearly_full(place / "originals"))
@@ -74,7 +74,7 @@ def _nearly_full(place: Path) -> Path:
 
 
 def _map(target: Target) -> bytes:
-    """Say where things are, in the order of fuzz.h's enum region: (offset, length) in bytes."""
+    """Return the (offset, length) of each structure in bytes, in the order of fuzz.h's enum region."""
     image, size = target.image, target.image.block_size
 
     def blocks(numbers: Iterable[int]) -> list[tuple[int, int]]:

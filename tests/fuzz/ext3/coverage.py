@@ -1,4 +1,4 @@
-"""Measures which lines of the engine inputs reach: ``python -m tests.fuzz.ext3.coverage INPUT...``."""
+"""Measure which lines of the engine inputs reach: ``python -m tests.fuzz.ext3.coverage INPUT...``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.system import run
 
 
 def measure(inputs: list[str], place: Path) -> dict[str, tuple[int, int]]:
-    """Run the inputs; return for each source of the engine (lines reached, lines)."""
+    """Run the inputs; return (lines reached, lines) for each source of the engine."""
     program = build.build(place / "program", libfuzzer=False, compiler="gcc", flags=["--coverage"])
     images = build.make_images(place / "images")
     run(program, *inputs, timeout=3600, env={**os.environ, "COWFS_FUZZ_IMAGES": str(images)})
@@ -31,7 +31,7 @@ def measure(inputs: list[str], place: Path) -> dict[str, tuple[int, int]]:
 
 
 def main() -> None:
-    """Print the share of lines of each source, and of all."""
+    """Print the share of lines reached of each source, and of all."""
     inputs = [os.path.abspath(path) for path in sys.argv[1:]]
     os.chdir(project_root())
     with tempfile.TemporaryDirectory() as place:

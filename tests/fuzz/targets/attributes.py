@@ -1,4 +1,4 @@
-"""The values of attributes that others may have written: the first byte of an input says of which."""
+"""Values of attributes that others may have written. The first byte of an input selects the attribute."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The records of checkpoints and of a rebase: attributes that a store's maker may have written.
+"""The records of checkpoints and of a rebase: attributes that the owner of a store may have written.
 
-An input has a line for each attribute: which directory, which attribute, and the value.
+An input has a line for each attribute: the directory, the attribute, and the value.
 """
 
 from __future__ import annotations

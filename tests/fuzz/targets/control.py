@@ -1,6 +1,6 @@
-"""The control socket: what a client may send to a daemon, and what a daemon may answer.
+"""The control socket: requests that a client may send to a daemon, and replies of a daemon.
 
-The first byte of an input says which of the two it is.
+The first byte of an input selects one of the two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DEV = "0:1"
 
 
 class _Ask:
-    """A daemon's side of the control socket, and a client that sends what it likes."""
+    """A daemon's side of the control socket, and a client that sends arbitrary data."""
 
     def __init__(self, directory: Path, known: dict[str, Any]) -> None:
         self._path = str(directory / _DEV)
@@ -37,7 +37,7 @@ class _Ask:
         self._known = known
 
     def one(self, data: bytes) -> None:
-        """Send *data*, and see that it is answered as it should be."""
+        """Send *data*; fail unless the reply is correct."""
         failed: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: failed.append(record.getMessage())  # type: ignore[method-assign]
@@ -75,7 +75,7 @@ class _Ask:
 
 
 def _answered(data: bytes) -> None:
-    """A client gets an answer from a daemon of somebody else."""
+    """Let a client receive an arbitrary reply from a daemon of another user."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)
@@ -109,7 +109,7 @@ def _run() -> Iterator[Run]:
 
 
 def _harmless(known: Any) -> dict[str, Callable[..., Any]]:
-    """The commands, but for those that would do what they are asked to."""
+    """Return the commands, without those that would change something."""
     return {name: known[name] for name in ("info", "diff", "grow")}
 
 

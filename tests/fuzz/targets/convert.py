@@ -1,6 +1,6 @@
-"""A store that is turned into one of aufs and back, and the marks of aufs in it: others may have made them.
+"""Convert stores to aufs and back, with marks of aufs that others may have made.
 
-An input is read from its beginning: the kind of the store, edits of it, names with a meaning to aufs.
+An input consists of the kind of the store, edits of it, and names with a meaning for aufs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFCHR, stat.S_IFLNK, stat.S_IFIFO)
 
 
 def _mark(layer: UpperLayer, source: Source) -> None:
-    """Make a name that means something to aufs, or to a conversion, anywhere in the store."""
+    """Create a name that aufs or a conversion treats specially, anywhere in the store."""
     places: list[Key] = [layer.root, *(key for _, _, key in _keys(layer, layer.root))]
     directories = [key for key in places if stat.S_ISDIR(layer.stat(key).st_mode)]
     directory, name, kind = source.pick(directories), source.pick(_NAMES), source.pick(_KINDS)

@@ -1,4 +1,4 @@
-"""The header of a store: JSON that anybody may have written."""
+"""The header of a store: JSON that anyone may have written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOWER = Identity("squashfs", "0" * 64, "squashfs, 1 MiB", "/lower")
 def _one(data: bytes) -> None:
     try:
         header = from_json(data, "store")
-        again = from_json(to_json(header), "store")  # it can be written, and is the same then
+        again = from_json(to_json(header), "store")  # a header that is written and read is the same
         assert to_json(again) == to_json(header)
         to_json(bound(header, [_LOWER]))
         check_lowers(header, [_LOWER], "store")
@@ -62,7 +62,7 @@ def _nested(choose: random.Random) -> Any:
 
 
 def _mutate(data: bytes, choose: random.Random) -> bytes:
-    """Change a value somewhere in it, or bytes of the text."""
+    """Change a value in the header, or bytes of the text."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,7 +1,4 @@
-"""ISO 9660 images as lowers: everything that can be done with one.
-
-An input is what follows the first 16 sectors.
-"""
+"""ISO 9660 images as lowers, used in every way. An input has the sectors after the first 16."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from tests.fuzz.exercise import exercise_as
 SECTOR = 2048
 BEFORE = bytes(16 * SECTOR)
 ROOT, _DIR, _MOVED, _PLAIN, MORE, _DATA = range(19, 25)
-"""Sectors: directories, the root of Joliet, continuation areas, data."""
+"""Sectors of directories, the Joliet root, continuation areas, and data."""
 _SIGNS = (b"SP", b"PX", b"TF", b"NM", b"CE", b"SL", b"CL", b"RE", b"PN", b"ST", b"ZF", b"SF")
 _ODD = (
     *(0, 1, 2, 4, 7, 8, 0x80, 0xFF, 0x7F, 0x800, 0xFFFF, 0xA1FF, 0x41ED, 0x81A4, 0x21B6, 0x11B6, 0xF1FF),
@@ -121,7 +118,7 @@ def _mutate(data: bytes, choose: random.Random) -> bytes:
 
 
 def _place(data: bytes, choose: random.Random) -> int:
-    """Where a header, a record or a field of Rock Ridge is, or somewhat behind that."""
+    """Return an offset in or shortly after a header, a record, or a field of Rock Ridge."""
     how = choose.randrange(4)
     if how == 0:
         return choose.choice((0, 88, 128, 156, 158, 166, 181)) + SECTOR * choose.randrange(2)

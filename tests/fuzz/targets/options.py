@@ -1,4 +1,4 @@
-"""Mount options, sizes, offsets, the names of lowers, and what sysresccd's own options say."""
+"""Mount options, sizes, offsets, names of lowers, and the options of sysresccd."""
 
 from __future__ import annotations
 

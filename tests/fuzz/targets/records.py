@@ -1,7 +1,7 @@
-"""The record of who changed what, ``cowfs/blame``: batches, and the file that they are in.
+"""The record of who changed what, ``cowfs/blame``: batches, and the file with them.
 
-The first byte of an input says which: the JSON of a batch; or changes of a whole file, five bytes each, which
-is then made to have the digests that its owner could give it.
+The first byte of an input selects the JSON of a batch, or changes of a whole file of five bytes each. The
+file then gets correct digests, which its owner could write too.
 """
 
 from __future__ import annotations

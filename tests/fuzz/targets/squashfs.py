@@ -1,4 +1,4 @@
-"""The squashfs reader: everything that can be done with an image."""
+"""The squashfs reader: images, used in every way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tar archives as lowers: everything that can be done with one. In the end headers have the right sum."""
+"""Tar archives as lowers, used in every way. Mutations end with correct checksums of headers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FIELDS = (
     (329, 16),
     (345, 155),
 )
-"""(offset, size) of what a header has, but for its sum."""
+"""(offset, size) of the fields of a header, except its checksum."""
 _ODD = (
     b"", b"\0", b"..", b"../x", b"/etc/passwd", b"a/../../x", b"./", b"//", b"a", b"a/b", b"b", b"7" * 11,
     b"\x80" + b"\xff" * 11,
@@ -95,7 +95,7 @@ def _mutate(data: bytes, choose: random.Random) -> bytes:
 
 
 def _extended(choose: random.Random) -> bytes:
-    """Return a header of pax with a field that is odd, for the next member or for all."""
+    """Return a pax header with an unusual field, for the next member or for all."""
     name = choose.choice(list(_PAX))
     value = f" {name}={choose.choice(_PAX[name])}\n".encode()
     text = b"%d" % choose.choice((len(value) + 2, len(value) + 3, 5, 1 << 40)) + value

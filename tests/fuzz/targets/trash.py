@@ -1,4 +1,4 @@
-"""The log of what was reverted: whoever made the store may have written it. It is undone on a small union."""
+"""The log of reverted changes, which its owner may have written, undone on a small union."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _text(path: bytes) -> str:
 
 
 def _real() -> bytes:
-    """Return the log that reverting all there is has written."""
+    """Return the log that reverting all changes has written."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         place = Place(Path(name), stack)
         layer: UpperLayer
@@ -97,7 +97,7 @@ def _seeds() -> list[bytes]:
 
 
 def _mutate(log: bytes, choose: random.Random) -> bytes:
-    """Change a fact of a line, or lines, or bytes; most of the time the numbers are right in the end."""
+    """Change a fact in a line, whole lines, or bytes; usually, renumber the lines at the end."""
     lines = log.split(b"\n")
     at = choose.randrange(len(lines))
     how = choose.randrange(6)
@@ -131,7 +131,7 @@ def _changed(entry: dict[str, Any], choose: random.Random) -> dict[str, Any]:
 
 
 def _numbered(lines: list[bytes]) -> bytes:
-    """Put the steps first, and number them in order."""
+    """Move the steps to the beginning, and number them in order."""
     steps, others = list[bytes](), list[bytes]()
     for line in lines:
         with suppress(ValueError, RecursionError):

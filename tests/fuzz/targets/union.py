@@ -1,6 +1,6 @@
-"""The union over a store that somebody has changed: attributes, types, links, and bytes of its image.
+"""A union with a store that another program has changed: attributes, types, links, and bytes of its image.
 
-An input is read from its beginning: edits of the store, damage to the bytes of its image, then operations.
+An input consists of edits of the store, damage to the bytes of its image, and operations.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ VALUES = (
     b"9" * 20, b"/moved", b"moved", b"/moved/moved", b"/link", b"sym", b"/gone",
 )  # fmt: skip
 ROOM = 100
-"""Names of a tree that are looked at."""
+"""The maximum number of names to look at."""
 
 
 class Source:
-    """The bytes of an input, taken one after the other; 0 when there are no more."""
+    """The bytes of an input, read one after the other; 0 after the end."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -57,19 +57,19 @@ class Source:
         return self._at < len(self._data)
 
     def number(self, below: int) -> int:
-        """A number of one byte, or of two if there may be so many."""
+        """Return a number of one byte, or of two if the limit is that high."""
         size = 1 if below <= 256 else 2 if below <= 65536 else 4
         taken = self.take(size)
         return int.from_bytes(taken, "little") % below
 
     def take(self, size: int) -> bytes:
-        """So many bytes, or those that are left."""
+        """Return this number of bytes, or those that are left."""
         taken = self._data[self._at : self._at + size]
         self._at += size
         return taken
 
     def pick(self, among: Any) -> Any:
-        """One of some."""
+        """Return one of the choices."""
         return among[self.number(len(among))]
 
 
@@ -89,7 +89,7 @@ def _lower_tree(top: Path) -> None:
 
 
 class Place:
-    """The lowers, and an image of a store on them in which everything that a store may have is."""
+    """The lowers, and an image of a store on them that contains everything a store may contain."""
 
     def __init__(self, place: Path, stack: ExitStack) -> None:
         _lower_tree(place / "lower")
@@ -117,7 +117,7 @@ class Place:
 
     @contextmanager
     def directory(self) -> Iterator[DirectoryLayer]:
-        """A new store in a directory."""
+        """Return a new store in a directory."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(0o700)
         with closing(DirectoryLayer(os.open(self._directory, os.O_PATH | os.O_DIRECTORY), "store")) as layer:
@@ -128,7 +128,7 @@ class Place:
     def opened(
         self, patch: Callable[[int], object] = lambda fd: None, *, keep: bool = False
     ) -> Iterator[Ext3Layer]:
-        """A copy of the image, changed by *patch*; to *keep* it, it takes the place of the image."""
+        """Return a copy of the image, changed by *patch*; with *keep*, it replaces the image."""
         fd = os.memfd_create("image")
         try:
             os.write(fd, self.image)
@@ -147,7 +147,7 @@ class Place:
             os.close(fd)
 
     def find(self, layer: UpperLayer, *names: bytes) -> Key:
-        """The key of what stands at a path; ENOENT."""
+        """Return the key of the inode at a path. ENOENT."""
         key: Key = layer.root
         for name in names:
             found = layer.lookup(key, name)
@@ -157,14 +157,14 @@ class Place:
         return key
 
     def union(self, layer: UpperLayer) -> Overlay:
-        """The union of the store with the lowers."""
+        """Open the union of the store and the lowers."""
         upper, work = self.find(layer, b"upper"), self.find(layer, b"work", b"work")
         index = self.find(layer, b"work", b"index")
         return Overlay(layer, upper, work, index, self.lowers, OverlayOptions(PREFIX, metacopy_from=4096))
 
 
 def _use(fs: Overlay) -> None:
-    """Leave everything in a store that one may have."""
+    """Create everything in a store that it may contain."""
     root = fs.root
     d = fs.resolve(root, b"d")
     fs.setattr(fs.resolve(root, b"big"), NewAttributes(mode=0o600))  # metacopy
@@ -183,7 +183,7 @@ def _use(fs: Overlay) -> None:
 
 
 def _keys(layer: UpperLayer, key: Key) -> list[tuple[Key, bytes, Key]]:
-    """All names below a directory of the store: (directory, name, inode)."""
+    """Yield (directory, name, inode) of all names below a directory of the store."""
     found: list[tuple[Key, bytes, Key]] = []
     pending = [key]
     while pending and len(found) < ROOM:
@@ -198,7 +198,7 @@ def _keys(layer: UpperLayer, key: Key) -> list[tuple[Key, bytes, Key]]:
 
 
 def _edit(layer: UpperLayer, source: Source) -> None:
-    """Change the store as its owner may."""
+    """Change the store as its owner can."""
     directory, name, key = source.pick(_keys(layer, layer.root))
     how = source.number(8)
     if how < 4:
@@ -224,7 +224,7 @@ def _edit(layer: UpperLayer, source: Source) -> None:
 
 
 def _nodes(fs: Overlay) -> list[tuple[Node, bytes, Node]]:
-    """The merged tree, as far as it can be seen."""
+    """Return the visible part of the merged tree."""
     found: list[tuple[Node, bytes, Node]] = []
     pending = [fs.root]
     while pending and len(found) < ROOM:

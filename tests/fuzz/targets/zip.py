@@ -1,4 +1,4 @@
-"""Zip archives as lowers: everything that can be done with one. Mutations are of what the headers say."""
+"""Zip archives as lowers, used in every way. Mutations change fields of the headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fuzz.exercise import exercise_as
 
 _ODD = (0, 1, 7, 8, 12, 99, 0x2F, 0xFFFF, 0xFFFE, 0x4000, 0xA000, 0x8000)
 _FIELDS = {b"PK\1\2": 46, b"PK\3\4": 30, b"PK\5\6": 22, b"PK\6\6": 56, b"PK\6\7": 20}
-"""How long each header is without what belongs to it."""
+"""The size of each header without its variable parts."""
 
 
 def _one(data: bytes) -> None:
