@@ -22,7 +22,7 @@ LOGS = images.CACHE / "logs"
 
 @dataclass(frozen=True)
 class Parts:
-    """What a machine is made of."""
+    """The files that a machine boots from."""
 
     kernel: Path
     initramfs: Path
@@ -31,7 +31,7 @@ class Parts:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    """The kernel, an initramfs and a root image; made by the first of the test processes that wants them."""
+    """The kernel, an initramfs and a root image. The first test process that needs them makes them."""
     if os.geteuid() != 0:
         pytest.skip("needs root: the files in a root image belong to root")
     for program in (QEMU, "mksquashfs", "mkfs.vfat", "mcopy", "xorriso", "cpio", "depmod"):
@@ -56,9 +56,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 @pytest.fixture
 def boot(parts: Parts, request: pytest.FixtureRequest) -> Callable[..., Machine]:
-    """Switch a machine on. Its serial log is .cache/boot/logs/TEST.N.log, also after a failure.
+    """Return a function that starts a machine. Its serial log is .cache/boot/logs/TEST.N.log.
 
-    *initramfs* replaces that of all others, for one with more in it.
+    Its argument *initramfs* replaces the usual initramfs.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
@@ -83,7 +83,7 @@ def boot(parts: Parts, request: pytest.FixtureRequest) -> Callable[..., Machine]
 
 @pytest.fixture
 def image_disk(parts: Parts, tmp_path: Path) -> Path:
-    """A hard disk with nothing but the root image."""
+    """A hard disk with only the root image."""
     content = tmp_path / "image_disk"
     content.mkdir()
     os.link(parts.image, content / "sysrcd.dat")
@@ -94,7 +94,7 @@ def image_disk(parts: Parts, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Root]:
-    """A root daemon's places; if it runs in the end, it is stopped."""
+    """A root daemon and its directories. It is stopped at the end."""
     made = Root(tmp_path)
     yield made
     made.stop()
@@ -104,7 +104,7 @@ def root(tmp_path: Path) -> Iterator[Root]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A new store, under a name that is no word."""
+    """A new store, with a space and an umlaut in its name."""
     path = tmp_path / "my störe.bs"
     cowfs("create", path, "16", check=True)
     return path

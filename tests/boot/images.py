@@ -1,4 +1,4 @@
-"""What the virtual machines boot: a kernel of Debian's, a root image, disks. Nothing is mounted for it."""
+"""Make what the virtual machines boot: a Debian kernel, a root image, disks. Nothing is mounted for it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ HELPERS = PROJECT / "mount-helpers"
 CACHE = PROJECT / ".cache" / "boot"
 KERNEL_PACKAGE = "linux-image-amd64"
 NEWER_KERNEL = "linux-image-6.12-amd64"
-"""It reads and writes NTFS, which the other does not; its modules are compressed."""
+"""This kernel reads and writes NTFS, which the other does not. Its modules are compressed."""
 BUSYBOX = Path("/bin/busybox")
 MODULES = """
     fuse squashfs loop ext4 crc32c_generic vfat nls_cp437 nls_ascii nls_utf8 isofs
     virtio_pci virtio_blk virtio_scsi sd_mod sr_mod xhci_pci usb_storage qemu_fw_cfg
 """
-"""Of mount-helpers/boot/modules what these machines have, and where the test comes from: to be quicker."""
+"""Only the modules that these machines need, which is faster; and those for the test itself."""
 _MB = 1 << 20
 _SECTOR = 512
 _PARTITION = _MB
-"""Where the partition of a stick begins, in bytes."""
+"""The start of a stick's partition, in bytes."""
 
-# Runs the test that the machine was given, as process 1; its last act is for the test to choose.
+# Runs the test of the machine as process 1. The test decides how it ends.
 _TEST_INIT = """\
 #!/bin/sh
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
@@ -55,7 +55,7 @@ _INITTAB = """\
 
 @contextmanager
 def _alone(what: str) -> Iterator[None]:
-    """Let no other test process make the same thing at the same time."""
+    """Keep other test processes from making the same thing at the same time."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{what}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -84,7 +84,7 @@ def kernel(package: str = KERNEL_PACKAGE) -> tuple[Path, Path, str]:
             (archive,) = partial.glob("*.deb")
             run("dpkg-deb", "-x", archive, partial, timeout=120)
             archive.unlink()
-            if not (partial / "lib").exists():  # Debian 13: all of it is in /usr
+            if not (partial / "lib").exists():  # Debian 13 has everything in /usr
                 (partial / "lib").symlink_to("usr/lib")
             (version,) = os.listdir(partial / "lib/modules")
             run("depmod", "-b", partial, version, timeout=120)
@@ -113,7 +113,7 @@ def with_mapping(out: Path, initramfs: Path, disk: str) -> Path:
     """
     tree = out.with_suffix(".tree")
     (tree / "usr/sbin").mkdir(parents=True)
-    for name in ("lib", "lib64"):  # where the loader looks
+    for name in ("lib", "lib64"):  # the loader's directories
         (tree / "usr" / name).mkdir()
         (tree / name).symlink_to(f"usr/{name}")
     copy_program(tree, Path(shutil.which("dmsetup") or "/usr/sbin/dmsetup"))
@@ -176,7 +176,7 @@ def root_tree(tree: Path) -> Path:
     if cryptsetup := shutil.which("cryptsetup", path="/usr/sbin:/sbin"):
         copy_program(tree, Path(cryptsetup))
         unwinder = re.search(r"libgcc_s\.so\.1 .*=> (/\S+)", run("ldconfig", "-p").stdout)
-        if unwinder:  # its threads end by it
+        if unwinder:  # threads need it to exit
             copy = (
                 tree
                 / "usr"
@@ -214,13 +214,13 @@ def _python(tree: Path) -> None:
 
 
 def copy_program(tree: Path, program: Path) -> None:
-    """Put a program into a tree, with the libraries that it needs."""
+    """Copy a program into a tree, with the libraries that it needs."""
     shutil.copy2(program.resolve(), tree / program.resolve().relative_to("/"))
     _libraries(tree, [program])
 
 
 def _loaded_by_cowfs() -> list[Path]:
-    """The compiled modules of cowfs and of what it needs."""
+    """Return the compiled modules of cowfs and of its dependencies."""
     packages = Path(sysconfig.get_path("platlib"))
     found = [*PROJECT.glob("cowfs/**/*.so"), *packages.glob("_cffi_backend*.so")]
     for name in ("pyfuse3", "isal", "lz4", "zstandard"):
@@ -229,7 +229,7 @@ def _loaded_by_cowfs() -> list[Path]:
 
 
 def _libraries(tree: Path, files: Iterable[Path]) -> None:
-    """Copy the shared libraries that programs and modules need, to where the loader looks for them."""
+    """Copy the shared libraries of programs and modules to where the loader finds them."""
     for file in files:
         for match in re.finditer(r"(?:=> )?(/\S+) \(0x", run("ldd", file, check=False).stdout):
             library = Path(match[1])
@@ -242,7 +242,7 @@ def _libraries(tree: Path, files: Iterable[Path]) -> None:
 
 
 def root_image(tree: Path, image: Path) -> Path:
-    """Put cowfs into the tree and make the squashfs, both by mkrescue."""
+    """Install cowfs in the tree and make the squashfs, both with mkrescue."""
     run(HELPERS / "mkrescue", tree, image, "-comp", "zstd", "-Xcompression-level", "3", timeout=180)
     return image
 
@@ -255,9 +255,7 @@ def debian(tree: Path, kind: str, packages: Iterable[str], *debootstrap: str) ->
     kept = CACHE / kind
     with _alone(kind):
         if not kept.exists():
-            bootstrap(
-                release(), kept, packages, *debootstrap
-            )  # of this machine's: it gets this machine's cowfs
+            bootstrap(release(), kept, packages, *debootstrap)  # with this machine's cowfs, so of its release
     run("cp", "-a", kept, tree, timeout=300)
     for name in ("var/cache/apt", "var/lib/apt/lists"):
         shutil.rmtree(tree / name, ignore_errors=True)
@@ -268,7 +266,7 @@ def debian(tree: Path, kind: str, packages: Iterable[str], *debootstrap: str) ->
 
 
 def fat_stick(image: Path, files: Mapping[str, Path], megabytes: int) -> Path:
-    """A stick as it is sold: one FAT partition. Names may have any characters."""
+    """Make a stick as it is sold, with one FAT partition. File names may have any characters."""
     with image.open("wb") as out:
         out.truncate(_PARTITION + megabytes * _MB)
         out.write(_partition_table(0x0C, megabytes))
@@ -298,7 +296,7 @@ def from_fat(image: Path, name: str, target: Path) -> Path:
 
 
 def _partition_table(kind: int, megabytes: int) -> bytes:
-    """An MBR with one partition; its addresses by cylinder are nothing, as is usual today."""
+    """Return an MBR with one partition, without cylinder addresses, as is usual today."""
     entry = struct.pack(
         "<B3sB3sII", 0, bytes(3), kind, bytes(3), _PARTITION // _SECTOR, megabytes * _MB // _SECTOR
     )
@@ -315,11 +313,11 @@ MAKERS = {
     "xfs": ("mkfs.xfs", "-q"),
     "ntfs": ("mkntfs", "-q", "-Q", "-F"),
 }
-"""What makes each kind of carrier, in a file."""
+"""The programs that make each filesystem in a file."""
 
 
 def carrier(image: Path, kind: str, megabytes: int, table: str = "") -> Path:
-    """An empty carrier: a whole disk, or the only partition in a *table*, ``mbr`` or ``gpt``."""
+    """Make an empty disk: a whole disk, or the only partition in a *table*, ``mbr`` or ``gpt``."""
     part = image.with_suffix(".part") if table else image
     with part.open("wb") as out:
         out.truncate(megabytes * _MB)
@@ -337,7 +335,7 @@ def carrier(image: Path, kind: str, megabytes: int, table: str = "") -> Path:
 
 
 def carrier_of(image: Path, table: str) -> Path:
-    """The filesystem of such a disk, in a file of its own."""
+    """Copy the filesystem of such a disk to its own file."""
     if not table:
         return image
     image.with_suffix(".part").unlink(missing_ok=True)
@@ -353,7 +351,7 @@ def _copy(source: Path, target: Path, *, skip: int, seek: int) -> Path:
 
 
 def carrier_complaints(part: Path, kind: str) -> str:
-    """What a checker says against a carrier, or that it was not unmounted; nothing when it is clean."""
+    """Return the errors that a checker finds, or that it was not unmounted; "" if it is clean."""
     if kind.startswith("ext"):
         return is_clean(part)
     checkers = {
@@ -377,7 +375,7 @@ def carrier_complaints(part: Path, kind: str) -> str:
 
 
 def from_carrier(part: Path, kind: str, name: str, target: Path) -> Path | None:
-    """Copy a file from a carrier that is mounted nowhere; None where no tool can."""
+    """Copy a file from an unmounted filesystem; return None if no tool can."""
     if kind.startswith("ext"):
         return from_ext4(part, name, target)
     if kind == "vfat":
@@ -398,7 +396,7 @@ def from_carrier(part: Path, kind: str, name: str, target: Path) -> Path | None:
 
 
 def _write_gpt(out: IO[bytes], sectors: int) -> None:
-    """A GPT with one partition, and the copy of it at the end (UEFI specification, 5.3)."""
+    """Return a GPT with one partition, and its copy for the end of the disk (UEFI specification, 5.3)."""
     data = bytes.fromhex("af3dc60f838472478e793d69d8477de4")  # Linux filesystem data
     first, last = _PARTITION // _SECTOR, _PARTITION // _SECTOR + sectors - 1
     end = out.seek(0, os.SEEK_END) // _SECTOR
@@ -419,13 +417,13 @@ def _write_gpt(out: IO[bytes], sectors: int) -> None:
 
 
 def ext4_disk(image: Path, content: Path, megabytes: int, *, kind: str = "ext4") -> Path:
-    """A disk without partitions, with the files of a directory on it."""
+    """Make a disk without partitions, with the files of a directory."""
     run("mke2fs", "-q", "-F", "-t", kind, "-d", content, image, f"{megabytes}M")
     return image
 
 
 def iso(image: Path, content: Path) -> Path:
-    """An ISO9660 image with Rock Ridge names."""
+    """Make an ISO 9660 image with Rock Ridge names."""
     run("xorriso", "-as", "mkisofs", "-quiet", "-R", "-o", image, content)
     return image
 
@@ -438,7 +436,7 @@ def from_ext4(image: Path, name: str, target: Path) -> Path:
 
 
 def is_clean(store: Path) -> str:
-    """What e2fsck says of a filesystem that it may not touch; nothing when it is clean."""
+    """Return the errors that e2fsck -n finds; "" if the filesystem is clean."""
     done = run("e2fsck", "-f", "-n", store, check=False)
     state = run("dumpe2fs", "-h", store).stdout
     if done.returncode or not re.search(r"Filesystem state: +clean", state) or "needs_recovery" in state:
@@ -447,7 +445,7 @@ def is_clean(store: Path) -> str:
 
 
 def fat_is_clean(image: Path) -> str:
-    """What fsck.vfat says against the file system of a stick; nothing when it is clean."""
+    """Return the errors that fsck.vfat finds on a stick; "" if it is clean."""
     partition = image.with_suffix(".part")
     with image.open("rb") as whole, partition.open("wb") as out:
         whole.seek(_PARTITION)

@@ -1,4 +1,4 @@
-"""A virtual machine that boots a kernel of Debian's from disks that the test has made."""
+"""A virtual machine that boots a Debian kernel from disks that the test has made."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 from types import TracebackType
 
 QEMU = "qemu-system-x86_64"
-PATIENCE = 400.0
-"""Seconds for a whole run: many times what it takes on a quiet machine (TCG, no KVM)."""
+TIMEOUT = 400.0
+"""Seconds for a whole run: many times what it takes on an idle machine (TCG, no KVM)."""
 
 
 class Failed(AssertionError):
-    """The machine did not do what was expected; says where its log is, and how that ends."""
+    """The machine did not do what the test expects. The message has the path and the end of its log."""
 
 
 class Machine:
-    """One run of qemu, from power-on to power-off.
+    """A run of qemu, from power-on to power-off.
 
-    The serial console is written to *log* as it comes. *test* is a shell script that the guest's process 1
-    runs (see images.py); what it prints after ``TEST`` is what :meth:`said` finds. Without a *kernel* the
-    firmware boots from a disc.
+    *log* receives the output of the serial console. *test* is a shell script that the guest's process 1 runs
+    (see images.py); :meth:`said` returns what it prints after ``TEST``. Without a *kernel*, the firmware
+    boots from a disc.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Machine:
         self._monitor_path = log.with_suffix(".monitor")
         script = log.with_suffix(".sh")
         script.write_text(test)
-        # Without KVM, on a busy machine, the timer is late, and the kernel panics if it checks that.
+        # On a busy machine without KVM the timer is late, and the kernel's check of it panics.
         line = f"console=ttyS0 quiet panic=1 no_timer_check {options}"
         loaded = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", line)
         command = [
@@ -81,7 +81,7 @@ class Machine:
             error.add_note(self._tail())
 
     def close(self) -> None:
-        """Switch it off, if it is on, and leave nothing of it."""
+        """Stop the machine if it runs, and remove its files."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -114,10 +114,10 @@ class Machine:
 
     @property
     def text(self) -> str:
-        """What was on the console so far."""
+        """Return the console output so far."""
         return self._text
 
-    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = TIMEOUT) -> re.Match[str]:
         """Wait until the console shows *pattern*."""
         deadline = time.monotonic() + seconds
         with self._grown:
@@ -128,8 +128,8 @@ class Machine:
                     raise self._fail(f"not within {seconds:g} s: {pattern!r}")
         return match
 
-    def wait(self, seconds: float = PATIENCE) -> Machine:
-        """Wait until the machine is off; if it does not go off as it should, it is closed."""
+    def wait(self, seconds: float = TIMEOUT) -> Machine:
+        """Wait until the machine is off; stop it if it does not power off."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -142,7 +142,7 @@ class Machine:
         return self
 
     def cut_power(self) -> None:
-        """End it as a power cut does: nothing that is in the guest's memory is written."""
+        """Stop it as a power cut does: the guest's memory is lost."""
         self.process.kill()
         self.process.wait()
 
@@ -153,7 +153,7 @@ class Machine:
         self.process.stdin.flush()
 
     def monitor(self, command: str) -> str:
-        """Give qemu's monitor a command; return what it says."""
+        """Send a command to qemu's monitor; return its reply."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self._monitor_path))
             connection.settimeout(20)
@@ -168,26 +168,26 @@ class Machine:
         return told.decode()
 
     def said(self, key: str) -> str:
-        """What the guest's test printed as ``TEST key: value``, the last time."""
+        """Return the last value that the guest's test printed as ``TEST key: value``."""
         found = re.findall(rf"TEST {re.escape(key)}: (.*)$", self._text, re.MULTILINE)
         if not found:
             raise self._fail(f"the test in the machine did not say {key!r}")
         return str(found[-1])
 
     def shows(self, *patterns: str) -> None:
-        """Assert that the console shows each of the patterns."""
+        """Fail unless the console shows each of the patterns."""
         for pattern in patterns:
             if not re.search(pattern, self._text):
                 raise self._fail(f"the console does not show {pattern!r}")
 
 
 def hard_disk(image: Path, name: str, *more: str) -> list[str]:
-    """A disk that stays where it is: virtio-blk."""
+    """A fixed disk (virtio-blk)."""
     return [*_drive(image, name, *more), "-device", f"virtio-blk-pci,drive={name}"]
 
 
 def stick(image: Path, name: str, *more: str, plugged: bool = True) -> list[str]:
-    """A USB stick; not *plugged*: :func:`plug` does it later. *more*: ``readonly=on`` sets its lock."""
+    """A USB stick. If not *plugged*, :func:`plug` plugs it in later. *more* is ``readonly=on`` to lock it."""
     return [*_drive(image, name, *more), *(["-device", _usb(name)] if plugged else [])]
 
 
@@ -211,13 +211,13 @@ def nvme(image: Path, name: str) -> list[str]:
 
 
 def sd_card(image: Path, name: str) -> list[str]:
-    """A card in a reader of the machine's own. Its size must be a power of two."""
-    drive = _drive(image, name, cache="writeback")  # block by block it takes a minute to be written through
+    """A card in a built-in reader. Its size must be a power of two."""
+    drive = _drive(image, name, cache="writeback")  # writing through block by block takes a minute
     return [*drive, "-device", "sdhci-pci", "-device", f"sd-card,drive={name}"]
 
 
 def sata(image: Path, name: str) -> list[str]:
-    """A hard disk at the chipset's AHCI controller."""
+    """A hard disk at the AHCI controller."""
     return [*_drive(image, name), "-device", f"ide-hd,bus=ide.0,drive={name}"]
 
 
@@ -232,17 +232,17 @@ def disc(image: Path, name: str) -> list[str]:
 
 
 def empty_drive(name: str) -> list[str]:
-    """A SCSI drive without a disc; :func:`put_in` puts one in."""
+    """An empty SCSI CD drive; :func:`put_in` inserts a disc."""
     drive = f"if=none,id={name},media=cdrom,readonly=on"
     return ["-drive", drive, "-device", f"scsi-cd,bus=scsi.0,id={name},drive={name}"]
 
 
 def put_in(machine: Machine, name: str, image: Path) -> None:
-    """Put a disc into a drive."""
+    """Insert a disc into a drive."""
     machine.monitor(f"change {name} {image} raw")
 
 
 def _drive(image: Path, name: str, *more: str, cache: str = "writethrough") -> list[str]:
-    # What the guest has flushed is on disk, what it has not may be lost.
+    # Data that the guest has flushed is on disk; other data may be lost.
     options = ["if=none", f"id={name}", "format=raw", f"cache={cache}", f"file={image}", *more]
     return ["-drive", ",".join(options)]

@@ -16,7 +16,7 @@ from tests.support.system import run
 
 @dataclass
 class Root:
-    """A root daemon's places."""
+    """A root daemon and its directories."""
 
     top: Path
 
@@ -47,8 +47,8 @@ class Root:
         below: Sequence[Path] = (),
         more: Sequence[str] = (),
     ) -> tuple[int, str]:
-        """Start it; its exit code, and what it said."""
-        # Not by the script, whose Python is isolated: coverage measures in the environment.
+        """Start the daemon; return its exit code and error output."""
+        # The script would run an isolated Python, in which coverage could not measure.
         done = run(
             sys.executable, "-m", "cowfs.cli.root_daemon", "--image", self.image, "--store", store,
             "--mode", mode, "--engine", engine, "--mountpoint", self.root, "--show-store", self.shown,
@@ -62,7 +62,7 @@ class Root:
         return int((self.top / "pid").read_text())
 
     def stop(self) -> None:
-        """Unmount, as the shutdown does, and wait for the daemon."""
+        """Unmount like the shutdown, and wait until the daemon has exited."""
         if is_mounted(self.root):
             pid = self.pid()
             umount2(str(self.root))

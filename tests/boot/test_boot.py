@@ -1,4 +1,4 @@
-"""Virtual machines that boot from cowfs: the store is found, nothing is lost, all is clean at the end."""
+"""Virtual machines that boot from cowfs find the store, lose nothing, and shut down cleanly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Boot = Callable[..., Machine]
 GUEST = Path(__file__).with_name("guest.sh").read_text()
 CARRIER = "/run/initramfs/cowfs/disk"
 PLAIN = "init=/sbin/testinit"
-"""Process 1 is the test itself, which hands over to the shutdown as systemd does."""
+"""Process 1 is the test itself, and hands over to the shutdown like systemd."""
 
 
 def make_store(path: Path, megabytes: int = 32) -> Path:
@@ -31,7 +31,7 @@ def make_store(path: Path, megabytes: int = 32) -> Path:
 
 
 def changed_store(path: Path, lower: Path, changes: Mapping[str, str | None]) -> Path:
-    """A store that was in use, on this machine: some files written, others deleted."""
+    """Make a store that was used on this machine: some files were written, others deleted."""
     make_store(path)
     with mounted(lower, path.with_suffix(".mnt"), path) as here:
         for name, content in changes.items():
@@ -43,12 +43,12 @@ def changed_store(path: Path, lower: Path, changes: Mapping[str, str | None]) ->
 
 
 def content(store: Path, name: str) -> str:
-    """What a file in a store says, which is mounted nowhere."""
+    """Return the content of a file in an unmounted store."""
     return run("debugfs", "-R", f"cat /upper/{name}", store).stdout
 
 
 def store_is_shown(machine: Machine, written: str, fstype: str = "fuse.cowfs-store") -> None:
-    """The guest has looked at its store (look_at_store)."""
+    """Fail unless the guest has checked its store (look_at_store)."""
     assert machine.said("memory") == f"{fstype} ro"
     assert machine.said("looked") == written
     assert "Read-only file system" in machine.said("refused")
@@ -56,7 +56,7 @@ def store_is_shown(machine: Machine, written: str, fstype: str = "fuse.cowfs-sto
 
 
 def has_its_root(machine: Machine) -> None:
-    """The root is a mount of the stick's image and store."""
+    """Fail unless the root is a mount of the stick's image and store."""
     assert machine.said("root") == "fuse.cowfs"
     assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
     assert machine.said("lower").startswith(f"{CARRIER}/sda1/sysrcd.dat (squashfs")
@@ -65,7 +65,7 @@ def has_its_root(machine: Machine) -> None:
 
 
 def worked_without_memory(machine: Machine) -> None:
-    """The root served all requests while the memory was taken, and the daemon is never swapped out."""
+    """Fail unless the root served all requests while memory was full, with the daemon never swapped out."""
     assert machine.said("eater") == "137", "the one who took the memory was to be ended"
     assert machine.said("ballast") == "2c7ab85a"  # 16 MiB of zeros
     assert int(machine.said("read")) > 3_000_000
@@ -75,7 +75,7 @@ def worked_without_memory(machine: Machine) -> None:
 
 
 def is_a_root(machine: Machine) -> None:
-    """Modes, devices, programs and mappings work as in a root, and nothing ends the daemon."""
+    """Fail unless modes, devices, programs and mappings work as in a root, and nothing kills the daemon."""
     assert machine.said("shadow") == "13"
     assert machine.said("suid") == "101"
     assert [machine.said(key) for key in ("device", "exec", "mmap")] == ["1", "7", "abcd"]
@@ -87,7 +87,7 @@ def is_a_root(machine: Machine) -> None:
 def test_changes_survive_a_power_cut_and_the_next_boots(
     boot: Boot, parts: Parts, tmp_path: Path, pressed: bool
 ) -> None:
-    """Image and store on one stick, as a user has them; a hard disk with a store is left alone.
+    """Image and store are on one stick, as users have them; a store on a hard disk is left alone.
 
     *pressed*: the memory runs out, and a swap device is used, before the power is cut.
     """
@@ -148,14 +148,14 @@ os.fsync(file); os.fsync(directory)'
     assert content(after, "root/second") == "second\n"
     assert "clean" in cowfs("check", "-n", after, check=True).stdout
     assert disk.read_bytes() == untouched
-    # The stick's FAT keeps the mark of the power cut, as Linux wants it, until fsck.vfat has seen it.
+    # The stick's FAT stays marked as not unmounted until fsck.vfat checks it.
 
 
 @pytest.mark.nightly
 def test_named_store_on_a_hard_disk_is_repaired(
     boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path
 ) -> None:
-    """A store by name, with spaces and letters of the world, damaged; busybox's init; and a reboot."""
+    """A damaged store with spaces and non-ASCII letters in its name; busybox's init; and a reboot."""
     files = tmp_path / "files"
     (files / "my stores").mkdir(parents=True)
     store = changed_store(files / "my stores/größe 日本.bs", parts.image, {"root/before": "kept"})
@@ -190,8 +190,8 @@ def test_named_store_on_a_hard_disk_is_repaired(
 
 
 @pytest.mark.nightly
-def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
-    """And process 1 is busybox's init, which is told to power off."""
+def test_waits_for_a_stick_that_comes_late(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
+    """Process 1 is busybox's init, and receives a poweroff."""
     store = make_store(tmp_path / "s.bs")
     late = images.fat_stick(tmp_path / "stick.img", {"/late/my.bs": store}, 64)
     test = f"{GUEST}\n tell_root\n poweroff\n sleep 1000"
@@ -208,10 +208,10 @@ def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_p
 
 
 @pytest.mark.nightly
-def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
+def test_unusable_stores_are_reported_and_changes_are_in_memory(
     boot: Boot, image_disk: Path, tmp_path: Path
 ) -> None:
-    """The store of another system, and what is no store at all; a warning is there at the login."""
+    """A store of another system, and a file that is no store; the warning is also at the login."""
     lower = tmp_path / "lower"
     lower.mkdir()
     foreign = changed_store(tmp_path / "foreign.bs", lower, {"x": "y"})
@@ -246,7 +246,7 @@ def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
 def test_store_on_a_disc_is_a_layer_below_memory_and_what_is_kept(
     boot: Boot, parts: Parts, tmp_path: Path
 ) -> None:
-    """Image and store on a CD: what was changed is seen; what is changed now is lost, if it is not kept."""
+    """Image and store are on a CD: old changes are visible; new ones are lost unless they are saved."""
     files = tmp_path / "cd"
     files.mkdir()
     os.link(parts.image, files / "sysrcd.dat")
@@ -299,8 +299,8 @@ def test_store_on_a_disc_is_a_layer_below_memory_and_what_is_kept(
 
 
 @pytest.mark.nightly
-def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
-    """Changes in memory by the user's choice, who then changes his mind; and what `cowfs find` tells him."""
+def test_no_store_is_used_until_one_is_created_later(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
+    """The user chooses changes in memory, then creates a store; `cowfs find` shows the next boot."""
     mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 192)
     devices = [*hard_disk(image_disk, "image"), *stick(mine, "stick")]
     test = f"""{GUEST}
@@ -329,7 +329,7 @@ def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Pa
 
 @pytest.mark.nightly
 def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
-    """A store that was named and is not there: a shell, and then the choice that was made there."""
+    """The named store does not exist: the boot opens a shell, and then follows the user's choice."""
     options = f"{PLAIN} backstore=alldev,/nowhere.bs backstore.wait=1"
     with boot(options, test=f"{GUEST}\n tell_root", devices=hard_disk(image_disk, "image")) as machine:
         machine.wait_for("A shell, to see to it")
@@ -343,7 +343,7 @@ def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_missing_store_ends_the_boot_when_told_to(boot: Boot, image_disk: Path) -> None:
+def test_missing_store_ends_the_boot_if_an_option_says_so(boot: Boot, image_disk: Path) -> None:
     options = f"{PLAIN} backstore=/nowhere.bs backstore.wait=0 backstore.fallback=fail"
     with boot(options, test="out 'up: yes'", devices=hard_disk(image_disk, "image")).wait() as machine:
         machine.shows("FAILED: no store, and backstore.fallback=fail")
@@ -352,7 +352,7 @@ def test_missing_store_ends_the_boot_when_told_to(boot: Boot, image_disk: Path) 
 
 @pytest.mark.nightly
 def test_wakes_from_sleep(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
-    """Suspended to memory, with the store on a stick: the root answers, and can be written to, after it."""
+    """After suspend to memory with the store on a stick, the root can be read and written."""
     mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 64)
     devices = [*hard_disk(image_disk, "image"), *stick(mine, "stick")]
     test = f"""{GUEST}
@@ -368,7 +368,7 @@ file = os.open("/root/after", os.O_CREAT | os.O_WRONLY)
 os.write(file, b"after")
 os.fsync(file)'
         out "fsync: $?"
-        finish reboot  # a machine of qemu's that has slept is not off after a poweroff
+        finish reboot  # after suspend, qemu's machine does not power off
     """
     with boot(PLAIN, test=test, devices=devices) as machine:
         machine.wait_for("TEST asleep: now")

@@ -1,4 +1,4 @@
-"""Virtual machines that boot from all kinds of carriers: filesystems, buses, partitions and whole disks."""
+"""Virtual machines that boot from all kinds of media: filesystems, buses, partitions and whole disks."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ pytestmark = [needs_root, pytest.mark.slow, pytest.mark.timeout(900)]
 
 @dataclass(frozen=True)
 class Kind:
-    """A carrier that a boot finds a store on."""
+    """A disk on which a boot finds a store."""
 
     filesystem: str
     bus: Callable[[Path, str], list[str]]
     device: str
-    """What the guest calls it: the partition, if it has one."""
+    """Its name in the guest: the partition, if it has one."""
     table: str = ""
     modules: str = ""
-    """What the guest needs besides what all have."""
+    """Modules that the guest needs in addition."""
     package: str = ""
-    """That has the programs for it."""
+    """The package with the programs for it."""
     options: str = "backstore=alldev"
     megabytes: int = 224
     kernel: str = images.KERNEL_PACKAGE
     by_name: bool = False
-    """Whether `cowfs persist` is given the disk, or a path on it that is mounted."""
+    """Whether `cowfs persist` gets the disk, or a path on it that is mounted."""
 
 
 def make_carrier(kind: Kind, image: Path) -> Path:
@@ -59,7 +59,7 @@ def make_carrier(kind: Kind, image: Path) -> Path:
 
 
 def is_left_clean(kind: Kind, disk: Path, tmp_path: Path) -> Path | None:
-    """The carrier, and the store on it, which is returned where it can be had without a mount."""
+    """Check the disk and the store on it; return the store if a tool can copy it."""
     part = images.carrier_of(disk, kind.table)
     assert images.carrier_complaints(part, kind.filesystem) == ""
     store = images.from_carrier(part, kind.filesystem, "/sysrcd.bs", tmp_path / "after.bs")
@@ -70,7 +70,7 @@ def is_left_clean(kind: Kind, disk: Path, tmp_path: Path) -> Path | None:
 
 @pytest.mark.nightly
 def test_image_and_store_on_a_card(boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path) -> None:
-    """exFAT, as cards are sold. The store is made when there was none; the next boot needs the card only."""
+    """exFAT, as cards are sold. A new store is created; the next boot needs only the card."""
     kind = Kind("exfat", sd_card, "mmcblk0p1", "mbr", package="exfatprogs", megabytes=254)
     disk = make_carrier(kind, tmp_path / "card.img")
     initramfs = images.initramfs(tmp_path / "initramfs", "exfat sdhci_pci mmc_block")
@@ -126,7 +126,7 @@ KINDS = {
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", KINDS)
 def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> None:
-    """Made by `cowfs persist`, found by the next boot."""
+    """`cowfs persist` creates the store, and the next boot finds it."""
     kind = KINDS[name]
     disk = make_carrier(kind, tmp_path / "disk.img")
     if kind.filesystem == "ntfs" and not list(images.kernel(kind.kernel)[1].rglob("ntfs3.ko*")):
@@ -173,7 +173,7 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
 
 @pytest.mark.nightly
 def test_store_is_made_on_the_stick_of_the_image(boot: Boot, parts: Parts, tmp_path: Path) -> None:
-    """Which a boot without a store has mounted read-only."""
+    """The boot without a store has mounted that stick read-only."""
     mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image}, 224)
     test = f"""{GUEST}
         echo first >/root/first
@@ -229,7 +229,7 @@ def test_store_in_a_mapping(boot: Boot, image_disk: Path, parts: Parts, tmp_path
 
 @pytest.mark.nightly
 def test_image_on_a_disc_that_is_put_in_late(boot: Boot, parts: Parts, tmp_path: Path) -> None:
-    """And the store on a stick; both in a subdirectory; and a stick that is to be left alone."""
+    """The store is on a stick, both in a subdirectory; another stick is left alone."""
     for name in ("cd", "mine", "other"):
         (tmp_path / name / "live").mkdir(parents=True)
     os.link(parts.image, tmp_path / "cd/live/sysrcd.dat")
@@ -296,7 +296,7 @@ def test_stick_with_its_lock_set(boot: Boot, parts: Parts, tmp_path: Path) -> No
 
 @pytest.mark.nightly
 def test_one_disk_of_a_mirror(boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path) -> None:
-    """A RAID that nobody has put together: to write to one disk would set it apart from the others."""
+    """A RAID that is not assembled: writing to one disk would make the disks differ."""
     files = tmp_path / "files"
     files.mkdir()
     store = changed_store(tmp_path / "sysrcd.bs", parts.image, {"root/before": "kept"})
@@ -323,7 +323,7 @@ def test_one_disk_of_a_mirror(boot: Boot, image_disk: Path, parts: Parts, tmp_pa
 
 @pytest.mark.nightly
 def test_what_the_kernel_cannot_read_is_said(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
-    """NTFS without its driver; what was not meant to be read is not talked of."""
+    """NTFS without a driver. Devices that are not supposed to be read are not reported."""
     ntfs = make_carrier(
         Kind("ntfs", stick, "sda1", "mbr", package="ntfs-3g", megabytes=32), tmp_path / "ntfs.img"
     )
@@ -349,7 +349,7 @@ def test_what_the_kernel_cannot_read_is_said(boot: Boot, image_disk: Path, tmp_p
 def test_sticks_that_come_and_go_while_it_is_looked_for_them(
     boot: Boot, image_disk: Path, tmp_path: Path
 ) -> None:
-    """One without a store, which is pulled out again; then the right one, at the same place."""
+    """A stick without a store is pulled out again; then the right one comes, at the same place."""
     wrong = images.fat_stick(tmp_path / "wrong.img", {"/a": image_disk}, 80)
     right = images.fat_stick(tmp_path / "right.img", {"/my.bs": make_store(tmp_path / "s.bs")}, 64)
     devices = [*hard_disk(image_disk, "image"), *stick(wrong, "wrong"), *stick(right, "right", plugged=False)]

@@ -1,4 +1,4 @@
-"""``cowfs find`` names what a boot would take; its idea of the devices is that of the boot library."""
+"""``cowfs find`` shows the same store and devices that the boot library would use."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_garbage_is_refused(value: str) -> None:
 
 @pytest.fixture
 def sticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Loop devices with a text, a store of another image, two that are good, and nothing."""
+    """Loop devices: a text, a store of another image, two good stores, and an empty one."""
     other, lower = tmp_path / "other", tmp_path / "lower"
     for directory in (other, lower):
         directory.mkdir()

@@ -53,7 +53,7 @@ TEST = """
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tree of a small Debian with systemd, with cowfs in it."""
+    """Make the tree of a small Debian with systemd and cowfs."""
     if shutil.which("debootstrap") is None:
         pytest.skip("needs debootstrap")
     tree = images.debian(
@@ -70,14 +70,14 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def put_selftest(tree: Path) -> None:
-    """What runs the script that a machine was given."""
+    """Return the unit that runs the machine's script."""
     (tree / "usr/sbin/selftest").write_text(_SELFTEST)
     (tree / "usr/sbin/selftest").chmod(0o755)
 
 
 @pytest.fixture(scope="module")
 def initramfs(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Make an initramfs with the programs of the tree, by name."""
+    """Make an initramfs with the named program of the tree."""
     _, root, version = images.kernel()
     where = debian / "lib/modules" / version
     where.parent.mkdir(exist_ok=True)
@@ -94,7 +94,7 @@ def initramfs(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             if kind == "initramfs-tools":
                 (debian / "etc/initramfs-tools/conf.d/cowfs").write_text("MODULES=list\nCOMPRESS=gzip\n")
                 run("chroot", debian, "mkinitramfs", "-o", "/tmp/out", version, timeout=600)
-            else:  # with systemd in it, as dracut is by itself, or without
+            else:  # with systemd, which is dracut's default, or without
                 modules = ("--add", "cowfs")
                 if kind == "dracut without systemd":
                     modules = ("--modules", "dash base udev-rules fs-lib cowfs")
@@ -110,7 +110,7 @@ def initramfs(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def ready_to_boot(debian: Path, tree: Path) -> Path:
-    """A copy of the tree, with the one module that the test itself needs."""
+    """Copy the tree, with the one module that the test itself needs."""
     _, root, version = images.kernel()
     run("cp", "-a", debian, tree, timeout=300)
     modules = tree / "lib/modules" / version
@@ -124,7 +124,7 @@ def ready_to_boot(debian: Path, tree: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def image(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root image of it."""
+    """Make its root image."""
     place = tmp_path_factory.mktemp("image")
     return images.root_image(ready_to_boot(debian, place / "tree"), place / "sysrcd.dat")
 
@@ -185,7 +185,7 @@ _ORDER = """\
 After=reader.service cowfs@a.service
 RequiresMountsFor=/mnt/b
 """
-# It is in both trees, in one of them to write, when systemd unmounts them, and until all processes are ended.
+# Uses both trees, one of them for writing, while systemd unmounts them and until it kills all processes.
 _HOLD = """
     systemd-run --quiet --unit=holder --property=DefaultDependencies=no \\
         sh -c 'cd /mnt/b; exec >>/mnt/a/held; echo x >/run/held; while :; do sleep 1; done'
@@ -210,14 +210,14 @@ with open(sys.argv[1] + "/mapped", "w+b") as file:
 
 @pytest.fixture(scope="module")
 def desktop(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A disk with the root of a Debian with systemd, which has two merged trees mounted at boot."""
+    """Make a disk with a Debian with systemd, which mounts two merged trees at boot."""
     tree = ready_to_boot(debian, tmp_path_factory.mktemp("desktop") / "tree")
     (tree / "etc/fstab").write_text(_FSTAB)
     (tree / "etc/cowfs").mkdir()
     (tree / "etc/cowfs/a.conf").write_text(_CONF)
     for name in ("img", "mnt/a", "mnt/b"):
         (tree / name).mkdir()
-    for name in ("mount.cowfs", "umount.cowfs"):  # as docs/rescue-system.md says
+    for name in ("mount.cowfs", "umount.cowfs"):  # see docs/rescue-system.md
         run("install", "-m", "755", images.HELPERS / name, tree / "sbin")
     (tree / "sbin/umount.fuse.cowfs").symlink_to("umount.cowfs")
     units = tree / "etc/systemd/system"
@@ -275,7 +275,7 @@ def test_systemd_mounts_at_boot_and_unmounts_clean(
 
 @pytest.fixture(scope="module")
 def sysvinit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root image of a small Debian with sysvinit, as mkrescue makes it of what debootstrap has made."""
+    """Make the root image of a small Debian with sysvinit, with debootstrap and mkrescue."""
     if shutil.which("debootstrap") is None:
         pytest.skip("needs debootstrap")
     tree = images.debian(
@@ -305,7 +305,7 @@ TEST_SYSVINIT = """
 
 
 def test_sysvinit_starts_and_ends_clean(sysvinit: Path, tmp_path: Path) -> None:
-    """The daemon outlives those who ask all to end, and all is written at the end."""
+    """The daemon survives the programs that end all processes, and everything is written at the end."""
     content = tmp_path / "content"
     content.mkdir()
     shutil.copy(sysvinit, content / "sysrcd.dat")

@@ -1,4 +1,4 @@
-"""A live disc whose root image was replaced by what a store made of it boots, by its own boot loader."""
+"""A live disc boots with its own boot loader after `cowfs` has replaced its root image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LABEL live
 
 
 def live_disc(top: Path, parts: Parts) -> Path:
-    """A disc with a boot loader, kernel, initramfs and root image."""
+    """Make a disc with a boot loader, kernel, initramfs and root image."""
     files = top / "files"
     (files / "isolinux").mkdir(parents=True)
     os.link(parts.image, files / "sysrcd.dat")

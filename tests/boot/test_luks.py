@@ -1,4 +1,4 @@
-"""Encrypted stores, in virtual machines: this machine's kernel need not have a device mapper."""
+"""Encrypted stores, in virtual machines, because this kernel may lack a device mapper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [needs_root, pytest.mark.slow, pytest.mark.nightly, pytest.mark.tim
 Boot = Callable[..., Machine]
 MODULES = "dm_crypt xts aesni_intel aes_generic algif_skcipher"
 QUICKLY = "--pbkdf pbkdf2 --pbkdf-force-iterations 1000"
-"""How keys are made of passphrases: as they are made else, each takes a busy machine without KVM minutes."""
+"""A quick key derivation: the usual one takes minutes on a busy machine without KVM."""
 
 
 USE = f"""{GUEST}
@@ -68,7 +68,7 @@ USE = f"""{GUEST}
         said plain grep -c the-secret $disk/my.bs /dev/vda
         said left gone
 """
-"""Makes encrypted stores, uses them in each way, and says what came of it."""
+"""Creates encrypted stores, uses them in each way, and prints the results."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def initramfs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def was_used(machine: Machine) -> None:
-    """What USE says is as it must be."""
+    """Fail unless USE printed the right results."""
     assert machine.said("created").endswith("sysrcd.bs: created an empty encrypted store in 40 MiB ")
     assert machine.said("device") == "/dev/vda: created an empty encrypted store in 64 MiB "
     assert "wrong passphrase, or wrong key file" in machine.said("wrong")
@@ -100,7 +100,7 @@ def was_used(machine: Machine) -> None:
 def test_an_encrypted_store_is_made_used_and_booted_from(
     boot: Boot, parts: Parts, initramfs: Path, tmp_path: Path
 ) -> None:
-    """In a file, and on a disk as a whole; with a key file, and with a passphrase that is typed."""
+    """In a file and on a whole disk, with a key file and with a typed passphrase."""
     mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image}, 200)
     disk = tmp_path / "disk.img"
     with disk.open("wb") as out:

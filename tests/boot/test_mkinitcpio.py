@@ -1,4 +1,4 @@
-"""The hook for mkinitcpio, run by a stand-in for it: Debian, which all else is tested on, has none."""
+"""The hook for mkinitcpio, run by a stand-in, because Debian does not have mkinitcpio."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MKINITCPIO = Path(__file__).parent / "initcpio/mkinitcpio"
 
 @pytest.fixture
 def hooks(tmp_path: Path) -> Path:
-    """What make install-boot installs for mkinitcpio, and the library that it refers to."""
+    """Install the files of make install-boot for mkinitcpio, and the library that they use."""
     prefix = tmp_path / "usr"
     run("make", "-s", "-C", images.PROJECT, "install-boot", f"PREFIX={prefix}")
     return prefix / "lib/initcpio"
 
 
 def build(out: Path, kernel: tuple[Path, str], hooks: Path, *names: str, check: bool = True) -> str:
-    """Make an initramfs with the hooks of these names, the first of which is looked at; what was said."""
+    """Make an initramfs with these hooks; return the output. The first hook is under test."""
     environment = {**os.environ, "MODULES": "qemu_fw_cfg"}  # for the test itself
     return run(
         MKINITCPIO, out, kernel[1], kernel[0], hooks, *names, check=check, timeout=120, env=environment

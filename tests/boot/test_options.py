@@ -1,4 +1,4 @@
-"""What the boot options mean, and which devices they choose: the boot library on a made-up /sys and /proc."""
+"""The meaning of the boot options, and the devices they select: the boot library with fake /sys and /proc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIBRARY = HELPERS / "boot"
 
 @dataclass
 class Disk:
-    """A disk as /sys/block shows it."""
+    """A disk in /sys/block."""
 
     name: str
     removable: int = 0
@@ -27,7 +27,7 @@ class Disk:
     size: int = 1000
     type: str = ""
     holders: tuple[str, ...] = ()
-    """``of:by``: the device ``by`` stands on the partition (or disk) ``of``."""
+    """``of:by``: the device ``by`` is on the partition (or disk) ``of``."""
     slaves: tuple[str, ...] = ()
     mapping: str = ""
     """The name of a device-mapper device."""
@@ -36,7 +36,7 @@ class Disk:
 
 @dataclass
 class System:
-    """A made-up system for the boot library to look at."""
+    """A fake system for the boot library."""
 
     top: Path
     disks: list[Disk] = field(default_factory=list)
@@ -76,7 +76,7 @@ class System:
         (self.top / "sys/block" / disk.name).symlink_to(place)
 
     def shell(self, command: str, line: str = "", library: str = "cowfs-options.sh") -> list[str]:
-        """Run a command after the library, on this command line of the kernel; the lines that it prints."""
+        """Run a command after the library, with this kernel command line; return the lines it prints."""
         (self.top / "proc/cmdline").write_bytes(os.fsencode(line + "\n"))
         script = f". {LIBRARY}/cowfs-options.sh\nread_options\n{command}"
         environment = {
@@ -112,22 +112,22 @@ OPTIONS = {
     "backstore=/my.bs,alldev": "all|/my.bs|shell|20",
     "backstore=,alldev,,": "all||ram|3",
     "backstore=//a///b.bs": "removable|/a/b.bs|shell|20",
-    # spaces and other letters; the quotes are where boot loaders and people put them
+    # spaces and other letters, with quotes in the places where boot loaders and people put them
     'backstore="/my stores/größe 日本.bs"': "removable|/my stores/größe 日本.bs|shell|20",
     '"backstore=alldev,/a b.bs" quiet': "all|/a b.bs|shell|20",
     "backstore=/a;reboot": "removable|/a;reboot|shell|20",
     "backstore=/$(reboot)`x`*": "removable|/$(reboot)`x`*|shell|20",
-    # the last one counts
+    # the last value wins
     "backstore=/a.bs backstore=off": "off||ram|3",
     "backstore=off backstore=alldev": "all||ram|3",
-    # what happens without a store
+    # the behaviour without a store
     "backstore.fallback=fail": "removable||fail|3",
     "backstore.fallback=shell": "removable||shell|3",
     "backstore=/a.bs backstore.fallback=ram": "removable|/a.bs|ram|20",
     "backstore.fallback=fail backstore=/a.bs": "removable|/a.bs|fail|20",
     "backstore.wait=0": "removable||ram|0",
     "backstore=/a.bs backstore.wait=600": "removable|/a.bs|shell|600",
-    # other programs' options
+    # options of other programs
     "mybackstore=off rd.backstore=off backstores=off": "removable||ram|3",
 }
 

@@ -1,4 +1,4 @@
-"""The daemon of a root filesystem, without a machine around it: what it accepts and refuses, how it ends."""
+"""The daemon of a root filesystem, without a machine: what it accepts and refuses, and how it ends."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_full_store_is_told_of(root: Root, store: Path) -> None:
 
 @pytest.mark.parametrize("megabytes", [64, 24])
 def test_a_copy_with_holes_is_given_its_room(root: Root, tmp_path: Path, megabytes: int) -> None:
-    """Or its disk might be full when the store is filled, which is told of if it is that full already."""
+    """Otherwise the disk might be full later; the daemon reports it if the disk is full already."""
     cowfs("create", tmp_path / "whole.bs", "32", check=True)
     disk, at = tmp_path / "disk", tmp_path / "at"
     at.mkdir()
@@ -143,7 +143,7 @@ def test_several_systems_in_one_store(root: Root, store: Path, engine: str) -> N
 
 
 def test_what_was_kept_above_a_read_only_store_stands_on_it(root: Root, store: Path, tmp_path: Path) -> None:
-    """Changes above those on a CD, kept on a stick: the next boot has both, if the CD is there."""
+    """Changes on top of those on a CD are saved to a stick: the next boot has both, if the CD is there."""
     with mounted(root.image, root.top / "first", store) as here:
         (here.path / "file").write_text("changed")
         (here.path / "gone").unlink()
@@ -271,7 +271,7 @@ def test_what_is_no_store_is_refused_and_untouched(
 
 
 def of_aufs(path: Path) -> Path:
-    """A store as SystemRescueCd 1 to 5 wrote it."""
+    """Make a store as SystemRescueCd 1 to 5 wrote it."""
     content = path.with_suffix(".content")
     for name in (".wh..wh.plnk", ".wh..wh.orph"):
         (content / name).mkdir(parents=True)

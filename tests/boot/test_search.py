@@ -1,4 +1,4 @@
-"""How disks are searched: the boot library on a made-up /sys, whose disks are directories and files."""
+"""How the boot library searches disks, with a fake /sys whose disks are directories and files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def system(tmp_path: Path) -> System:
     return System(tmp_path / "system")
 
 
-# --- candidates: the files of that name on the disks
+# --- candidates: the files with this name on the disks
 
 
 @pytest.fixture
 def disks(system: System) -> System:
-    """A system whose disks are directories. Mounting shows them and records the arguments."""
+    """A system whose disks are directories. Mounting shows them, and records the arguments."""
     (system.top / "proc/mounts").touch()
     for name in ("sdb", "sdc", "sr0", "vda"):
         system.add(Disk(name, removable=int(name != "vda")))
@@ -86,7 +86,7 @@ def put(system: System, *names: str) -> None:
         ("subdir=live", ["sdb/sysrcd.bs", "sdc/live/sysrcd.bs"], "", "sdc"),
         ("subdir=live backstore=/x.bs", ["sdb/x.bs", "sdc/live/x.bs"], "", "sdc"),
         ("", ["sdb/SYSRCD.BS", "sdc/dir/sysrcd.bs"], "", "none"),
-        # what can be written to comes first
+        # writable disks come first
         ("", ["sr0/sysrcd.bs"], "sr0", " | sr0"),
         ("", ["sr0/sysrcd.bs", "sdc/sysrcd.bs"], "sr0", "sdc | sr0"),
         ("", ["sr0/sysrcd.bs", "sdc/sysrcd.bs", "sdb/sysrcd.bs"], "sdc", "sdc sdb | sr0"),
@@ -107,13 +107,13 @@ def test_a_name_that_is_no_file_is_reported(disks: System) -> None:
 
 
 def test_a_disk_and_its_partition_are_one_store(disks: System) -> None:
-    """Where a partition begins at the start of its disk, both have the same filesystem."""
+    """If a partition begins at the start of its disk, both have the same filesystem."""
     disks.add(Disk("sdd", removable=1, parts=(1,)))
     put(disks, "sdd/sysrcd.bs", "sdd1/sysrcd.bs")
     assert look(disks) == "sdd1"
 
 
-# --- what cannot be read
+# --- unreadable disks
 
 CONTENTS = {
     "ntfs": ({3: b"NTFS    "}, "sdz (ntfs) cannot be read by this kernel"),
@@ -125,7 +125,7 @@ CONTENTS = {
     "BitLocker": ({3: b"-FVE-FS-"}, "sdz (BitLocker) cannot be read by this kernel"),
     "a text": ({0: b"dear diary\n"}, "sdz holds nothing that is known here"),
     "binary": ({70: b"\xff\x00\xfe"}, "sdz holds nothing that is known here"),
-    # and what is not to be read
+    # and a disk that must not be read
     "swap": ({4086: b"SWAPSPACE2"}, ""),
     "LVM": ({512: b"LABELONE"}, ""),
     "RAID": ({4096: b"\xfc\x4e\x2b\xa9"}, ""),
@@ -145,7 +145,7 @@ def fill(system: System, name: str, pieces: dict[int, bytes]) -> None:
 @pytest.mark.parametrize("what", CONTENTS)
 @pytest.mark.parametrize("line", ["", "backstore=/my.bs"])
 def test_what_cannot_be_read_is_said(system: System, what: str, line: str) -> None:
-    """On the console; and at the login, if the store was named."""
+    """On the console, and at the login if the store was named."""
     pieces, said = CONTENTS[what]
     system.add(Disk("sdz", removable=1, size=100_000))
     fill(system, "sdz", pieces)
@@ -157,7 +157,7 @@ def test_what_cannot_be_read_is_said(system: System, what: str, line: str) -> No
 
 
 def test_what_is_no_disk_to_be_read_is_not_told_of(system: System) -> None:
-    """A divided disk, a small partition of unknown use, and one that was removed meanwhile."""
+    """A partitioned disk, a small partition of unknown type, and one that was removed meanwhile."""
     system.add(Disk("sdx", removable=1, parts=(1,), size=100_000))
     system.add(Disk("sdy", removable=1, size=2048))
     for name in ("sdx", "sdx1", "sdy"):
@@ -190,7 +190,7 @@ def test_a_disk_that_cannot_be_read_at_all(system: System) -> None:
     ("sector", "expected"), [(1920, "yes"), (2032, "yes"), (1921, "no"), (0, "no"), (8, "no")]
 )
 def test_one_disk_of_a_raid_is_known(system: System, sector: int, expected: str) -> None:
-    """Versions 0.90 and 1.0, whose mark is at the end: what is before it could be mounted alone."""
+    """Versions 0.90 and 1.0, whose metadata is at the end: the disk could be mounted alone."""
     system.add(Disk("sdz", size=2048, parts=(1,)))
     fill(system, "sdz", {sector * 512: b"\xfc\x4e\x2b\xa9"})
     assert system.shell("is_raid_member sdz && echo yes || echo no") == [expected]
@@ -198,7 +198,7 @@ def test_one_disk_of_a_raid_is_known(system: System, sector: int, expected: str)
 
 
 def test_a_medium_that_is_changed_is_looked_at(system: System) -> None:
-    """The drive has the same name; disks_now tells. Drives are opened, or nobody would know of the change."""
+    """The drive keeps its name; disks_now shows the change. It opens drives, to notice a new medium."""
     system.add(Disk("sr0", removable=1, size=0))
     (system.top / "sys/block/sr0/diskseq").write_text("4\n")
     autoclose = system.top / "proc/sys/dev/cdrom/autoclose"
@@ -216,7 +216,7 @@ def test_a_medium_that_is_changed_is_looked_at(system: System) -> None:
     assert system.shell("disks_now") == now, "it is used while stores are tried"
 
 
-# --- disks that go away while they are looked at
+# --- disks that disappear during the search
 
 GOING = """
 . {library}/cowfs-boot.sh
@@ -267,7 +267,7 @@ def test_a_stick_that_comes_after_one_was_refused_is_tried_as_well(disks: System
     assert "the store /sysrcd.bs on sdb is not used" in disks.warnings()
 
 
-# --- disks that come while others are looked at
+# --- disks that appear during the search
 
 COMING = """
 . {library}/cowfs-boot.sh
@@ -288,10 +288,10 @@ use_store && echo "$device $waited" || echo "none $waited"
 @pytest.mark.parametrize(
     ("early", "coming", "expected"),
     [
-        ("bad", "false", "sda 3"),  # it is refused, and the better one comes in time
+        ("bad", "false", "sda 3"),  # it is refused, and the good one comes in time
         ("good", "false", "sdb 0"),
-        ("good", "! [ -e $COWFS_SYS/block/sda ]", "sda 3"),  # the kernel knows already that there will be one
-        ("good", "true", "sda 3"),  # no longer than it is waited for at all
+        ("good", "! [ -e $COWFS_SYS/block/sda ]", "sda 3"),  # the kernel already knows of a new disk
+        ("good", "true", "sda 3"),  # it waits no longer than its limit
     ],
 )
 def test_a_disk_that_comes_later(disks: System, early: str, coming: str, expected: str) -> None:

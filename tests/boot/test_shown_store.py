@@ -1,4 +1,4 @@
-"""The store of a running root, to look at: raw, read-only, and at every moment what the union has written."""
+"""The store of a running root, shown raw, read-only, and always with what the union has written."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def shown(root: Root, store: Path, request: pytest.FixtureRequest) -> Iterator[R
 
 @pytest.fixture
 def in_image(root: Root, store: Path) -> Iterator[Root]:
-    """The same, in an image alone."""
+    """A root whose store is shown, in an image."""
     yield from _started(root, store)
 
 
 @pytest.fixture
 def in_memory(root: Root) -> Iterator[Root]:
-    """The same, in memory alone."""
+    """A root whose store is shown, in memory."""
     yield from _started(root, "memory")
 
 
@@ -94,7 +94,7 @@ def test_what_is_written_is_seen_at_once(shown: Root) -> None:
 
 
 def test_open_files_are_read_anew(shown: Root) -> None:
-    """What is open there shows each change at once, in the same second and of the same size too."""
+    """Open files show each change at once, even in the same second and with the same size."""
     name = shown.root / "new"
     name.write_bytes(b"old")
     with opened(name, os.O_WRONLY) as writing, opened(shown.shown / "upper/new") as reading:
@@ -108,7 +108,7 @@ def test_open_files_are_read_anew(shown: Root) -> None:
 
 
 def test_raw(shown: Root) -> None:
-    """What only the store knows: whiteouts, the overlay's attributes, its header, its directories."""
+    """Whiteouts, the overlay's attributes, the header, and the store's directories."""
     (shown.root / "gone").unlink()
     (shown.root / "file").chmod(0o4750)
     (shown.root / "link").symlink_to("to/nowhere")
@@ -169,7 +169,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", ["as mounted", "remounted"])
 def test_read_only(in_memory: Root, how: str) -> None:
-    """Not for lack of the mount's flag alone: the store has one writer."""
+    """Not only because of the mount flag: the store has one writer."""
     (in_memory.root / "new").write_text("x")
     (in_memory.root / "dir").mkdir()
     os.setxattr(in_memory.root / "new", "user.there", b"y")
@@ -186,7 +186,7 @@ def test_read_only(in_memory: Root, how: str) -> None:
 
 
 def test_large_directory(in_memory: Root) -> None:
-    """Each name once, also of those that stay while others come and go in the middle of the listing."""
+    """A listing has each name once, even if other names change during the listing."""
     names = [f"{number:04}-{'x' * (number % 200)}" for number in range(1500)]
     (in_memory.root / "dir").mkdir()
     for name in names:
@@ -207,7 +207,7 @@ def test_large_directory(in_memory: Root) -> None:
 
 
 def test_others_see_what_the_modes_let_them(in_memory: Root) -> None:
-    """ACLs too: by the mode alone the file's group could read."""
+    """ACLs apply too: the mode alone would let the file's group read."""
     secret, by_acl = in_memory.root / "secret", in_memory.root / "acl"
     secret.write_text("x")
     secret.chmod(0o600)
@@ -230,13 +230,13 @@ def test_others_see_what_the_modes_let_them(in_memory: Root) -> None:
 
 
 def as_nobody(place: Path, *command: str) -> str:
-    """What a command that nobody runs at *place* prints; the way there is not for him."""
+    """Return the output of a command of nobody's at *place*, whose parents nobody cannot access."""
     become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     return run(*become, *command, cwd=place, check=False).stdout
 
 
 def test_gone_while_it_is_known(shown: Root) -> None:
-    """Its number is another file's by then: that one's data must not be seen."""
+    """Another file has its number by then: its data must not be visible."""
     names = [shown.root / f"{number}" for number in range(8)]
     for name in names:
         name.write_text(f"old {name.name}")
@@ -287,7 +287,7 @@ def test_open_while_it_is_removed(shown: Root) -> None:
 
 
 def test_changes_while_many_look(in_memory: Root) -> None:
-    """A file that is replaced as a whole is always seen as a whole, and what was written before is there."""
+    """A file that is replaced always has complete content, and earlier writes are visible."""
     here, upper = in_memory.root, in_memory.shown / "upper"
     (here / "file").write_bytes(b"\0" * 50_000)
     done = threading.Event()
@@ -373,7 +373,7 @@ def test_persist_with_files_open(in_memory: Root) -> None:
 
 
 def test_persist_into_itself_is_refused(in_memory: Root) -> None:
-    """The daemon would ask itself for the directory, and wait for the answer for ever."""
+    """The daemon would request the directory from itself, and wait forever."""
     done = cowfs("persist", in_memory.root, in_memory.shown / "upper/kept.bs", timeout=20)
     assert done.returncode == 32
     assert "is inside the mount whose changes it would hold" in done.stderr
@@ -381,7 +381,7 @@ def test_persist_into_itself_is_refused(in_memory: Root) -> None:
 
 
 def test_union_ends_while_it_is_looked_at(in_image: Root, store: Path) -> None:
-    """By a file that is open and has no name any more, a directory that is used, and a second mount."""
+    """In use by an open file without a name, by a working directory, and by a second mount."""
     (in_image.root / "new").write_text("x")
     second = in_image.top / "second"
     second.mkdir()
@@ -397,7 +397,7 @@ def test_union_ends_while_it_is_looked_at(in_image: Root, store: Path) -> None:
     finally:
         umounted = run("umount", second, check=False)
     assert umounted.returncode == 0
-    assert cowfs("check", "-n", store).returncode == 0  # and no inode without a name was left
+    assert cowfs("check", "-n", store).returncode == 0  # no inode without a name is left
 
 
 def test_unmounted_while_the_union_goes_on(in_image: Root) -> None:
@@ -410,7 +410,7 @@ def test_unmounted_while_the_union_goes_on(in_image: Root) -> None:
 
 
 def test_unmounted_and_another_mounted_there(in_image: Root) -> None:
-    """The daemon takes away what is its own."""
+    """The daemon removes only its own mount."""
     second = in_image.top / "second"
     second.mkdir()
     run("mount", "--bind", in_image.shown, second)
@@ -427,7 +427,7 @@ def test_unmounted_and_another_mounted_there(in_image: Root) -> None:
 
 
 def connections_of(root: Root) -> int:
-    """How many connections to the kernel's FUSE the daemon has."""
+    """Return how many FUSE connections the daemon has."""
     open_files = Path(f"/proc/{root.pid()}/fd")
     count = 0
     for number in os.listdir(open_files):
@@ -437,7 +437,7 @@ def connections_of(root: Root) -> int:
 
 
 def test_connection_is_cut(in_image: Root) -> None:
-    """As an administrator does it who has lost patience (fusectl): the union goes on."""
+    """An administrator aborts the connection (fusectl): the union continues."""
     here = mount_of(in_image.shown)
     assert here is not None
     connections = in_image.top / "connections"
@@ -463,7 +463,7 @@ def test_cannot_be_shown(root: Root, store: Path) -> None:
 
 
 def test_is_no_union(in_image: Root) -> None:
-    """The commands that look for a union by its place or its store find the union alone."""
+    """Commands that find a union by its mountpoint or store find only the union."""
     assert cowfs("umount", in_image.shown).returncode != 0
     assert "my störe.bs" in cowfs("info", in_image.root, check=True).stdout
     with closing(socket.socket(socket.AF_UNIX)) as connection, refused(errno.ECONNREFUSED):

@@ -1,4 +1,4 @@
-"""The script for sysvinit, without sysvinit: what it runs, and when it runs nothing."""
+"""The script for sysvinit, run without sysvinit: what it runs, and when it does nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = HELPERS / "sysvinit/cowfs-shutdown"
 
 @pytest.fixture
 def system(tmp_path: Path) -> Path:
-    """The /run of a system that has booted from cowfs; what ends it says how, and who waits for it."""
+    """The /run of a system that has booted from cowfs, with fake programs that record how they run."""
     (tmp_path / "initramfs/cowfs").mkdir(parents=True)
     (tmp_path / "initramfs/cowfs/daemon.pid").write_text("7\n")
     end = tmp_path / "initramfs/shutdown"

@@ -1,4 +1,4 @@
-"""A store on a real thin volume of device-mapper, whose pool fills up and is extended. For the night."""
+"""A store on a thin volume of device-mapper, whose pool fills up and is extended. Nightly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [needs_root, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 _MIB = 1 << 20
 _SMALL, _LARGE = 24 << 11, 56 << 11
-"""The size of the pool, in sectors, before and after it is extended."""
+"""The size of the pool in sectors, before and after it is extended."""
 
 _GUEST = f"""
 mkdir /run/tools && mount -t ext4 -o ro /dev/vdb /run/tools
@@ -78,7 +78,7 @@ umount /run/thin /run/tools
 
 
 def test_a_thin_pool_that_fills_up_and_is_extended(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
-    """What was written in between is in memory, and goes on to the disk; nothing is lost."""
+    """Data written meanwhile stays in memory and then goes to the disk; nothing is lost."""
     program = shutil.which("dmsetup", path="/usr/sbin:/sbin")
     if program is None:
         pytest.skip("needs dmsetup")

@@ -1,4 +1,4 @@
-"""The systemd unit, without systemd: its own commands, as systemd would run them."""
+"""The systemd unit, run without systemd: its commands, as systemd would run them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNIT = HELPERS / "systemd/cowfs@.service"
 
 
 def commands(environment: dict[str, str]) -> dict[str, list[str]]:
-    """The Exec lines of the unit, with what the environment file says in place of the variables."""
+    """Return the Exec lines of the unit, with the variables of the environment file replaced."""
     found = {}
     for key, line in re.findall(r"^(Exec\w+)=(.*)$", UNIT.read_text(), re.MULTILINE):
         words = [
@@ -76,7 +76,7 @@ def test_the_example_sets_what_the_unit_wants() -> None:
 
 
 def test_the_sandbox_lets_the_mount_out() -> None:
-    """systemd.exec(5): with any of these a service has a mount namespace, and its mounts stay in there."""
+    """systemd.exec(5): with any of these, a service has its own mount namespace, which hides its mounts."""
     namespace = (
         r"^(Private\w+|Protect(System|Home|Kernel\w+|Control\w+|Proc|Hostname)|Root\w+|MountFlags|DynamicUser"
     )
