@@ -1,4 +1,4 @@
-"""The in-process ext3 engine against power cuts, kills, damage, full disks, and the kernel."""
+"""Test the in-process ext3 engine with power cuts, kills, damage, full disks, and the kernel."""
 
 from tests.support import sanitized
 

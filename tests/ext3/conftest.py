@@ -1,4 +1,4 @@
-"""A place in memory for the images."""
+"""A fixture with a directory in memory for images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ext3.images import scratch
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """An empty directory, in memory if there is such a place."""
+    """An empty directory, in memory if possible."""
     made = Path(tempfile.mkdtemp(prefix="cowfs-ext3-", dir=scratch()))
     yield made
     shutil.rmtree(made)

@@ -1,4 +1,4 @@
-"""Damage for ext3 images, by structure: each kind hits what only a filesystem has. The same at each run."""
+"""Damage the structures of ext3 images. The same seed gives the same damage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SUPERBLOCK = (
     *((at, 1) for at in (174, 175, 252, 253, 372)),
     (96, 1), (100, 1), (268, 4), (272, 4), (336, 4),
 )  # fmt: skip
-"""(offset, size) of the fields of a superblock that matter to ext3, or that it must notice."""
+"""(offset, size) of the fields of a superblock that ext3 uses or must check."""
 _INODE = (
     *((at, 2) for at in (0, 2, 24, 26, 116, 118, 120, 128, 130)),
     *((at, 4) for at in (4, 8, 12, 16, 20, 28, 32, *range(40, 100, 4), 104, 108)),
@@ -29,7 +29,7 @@ _JOURNAL = tuple((at, 4) for at in (0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44,
 
 @dataclass
 class Target:
-    """An image that is sound, and where everything in it is."""
+    """A sound image, and the places of its structures."""
 
     name: str
     data: bytes
@@ -60,7 +60,7 @@ class Target:
 
 
 def damaged(target: Target, seed: int) -> bytes:
-    """A damaged copy: which damage is up to *seed* alone."""
+    """Return a damaged copy, which depends only on *seed*."""
     choose = random.Random(seed)
     data = bytearray(target.data)
     how = choose.choice(_KINDS)
@@ -126,7 +126,7 @@ def _inode_xattrs(target: Target, data: bytearray, choose: random.Random) -> Non
 
 
 def _entries(target: Target, data: bytearray, choose: random.Random) -> None:
-    """Directory entries: their lengths, inodes, types and names."""
+    """Change lengths, inodes, types and names of directory entries."""
     size = target.image.block_size
     begin, places, at = choose.choice(target.directories) * size, [], 0
     while at + 8 <= size:
@@ -148,7 +148,7 @@ def _entries(target: Target, data: bytearray, choose: random.Random) -> None:
     elif what == 4 and entry + 8 < len(data):
         data[entry + 8] = choose.choice(b"/\0.")
     elif what == 5:
-        struct.pack_into("<I", data, entry, choose.choice(target.inodes))  # a loop, or a link too many
+        struct.pack_into("<I", data, entry, choose.choice(target.inodes))  # a loop, or one link too many
     else:
         struct.pack_into("<H", data, entry + 4, choose.choice((4, 8, 10, 12, size, size - 4, 0)))
 
@@ -176,7 +176,7 @@ def _journal(target: Target, data: bytearray, choose: random.Random) -> None:
 
 
 def _log(target: Target, data: bytearray, choose: random.Random) -> None:
-    """A block of the log that looks like one of a transaction."""
+    """Make a block of the log look like a block of a transaction."""
     size = target.image.block_size
     at = choose.choice(target.journal[1:4]) * size
     head = struct.pack(">III", 0xC03B3998, choose.choice((1, 2, 5, 9)), choose.randrange(10))
@@ -192,7 +192,7 @@ def _xattr_blocks(target: Target, data: bytearray, choose: random.Random) -> Non
 
 
 def _whole_block(target: Target, data: bytearray, choose: random.Random) -> None:
-    """One block of metadata becomes zeros, noise, or another block."""
+    """Replace a block of metadata with zeros, noise, or another block."""
     size = target.image.block_size
     metadata = [
         *target.directories,
@@ -208,13 +208,13 @@ def _whole_block(target: Target, data: bytearray, choose: random.Random) -> None
 
 
 def _flip(target: Target, data: bytearray, choose: random.Random) -> None:
-    """A bit of the first blocks, or anywhere."""
+    """Flip a bit in the first blocks, or anywhere."""
     limit = choose.choice((64 << 10, len(data)))
     data[choose.randrange(1024, limit)] ^= 1 << choose.randrange(8)
 
 
 def _cut_off(target: Target, data: bytearray, choose: random.Random) -> None:
-    """The end of the file is missing."""
+    """Cut off the end of the file."""
     if len(data) == len(target.data):
         del data[choose.randrange(2048, len(data)) :]
 

@@ -1,4 +1,4 @@
-"""The engine, opened on an image for a test: the layer, and what only tests ask of the engine."""
+"""The engine on an image: the layer, and functions of the engine for tests only."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.ext3 import Ext3Layer
 
 PWRITE, FDATASYNC, PREAD, FALLOCATE = 1, 2, 3, 4
-"""What can be made to fail."""
+"""The kinds of calls that can be made to fail."""
 
 
 @dataclass
 class Engine:
-    """An image that is open."""
+    """An open image."""
 
     image: Image
     layer: Ext3Layer
 
     def mark(self, kind: int, number: int) -> None:
-        """Put a mark into the trace."""
+        """Write a mark to the trace."""
         assert lib.x3_mark(self.image.handle, kind << 56 | number) == 0
 
     def inject(self, kind: int, nth: int, error: int, *, sticky: bool = False) -> None:
-        """Let the *nth* call of a kind fail; 0 ends it."""
+        """Let the *nth* call of a kind fail; 0 stops it."""
         assert lib.x3_inject(self.image.handle, kind, nth, error, sticky) == 0
 
 
@@ -37,7 +37,7 @@ class Engine:
 def opened(
     path: Path, *, trace_fd: int = -1, debug: int = 0, read_only: bool = False, cache_bytes: int = 64 << 20
 ) -> Iterator[Engine]:
-    """Open an image that commits only when asked; closed at the end, or abandoned after an exception."""
+    """Open an image that commits only on request; close it at the end, or abandon it after an exception."""
     fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
     try:
         image = Image(
@@ -51,11 +51,11 @@ def opened(
     except BaseException:
         image.abandon()
         raise
-    image.close()  # safe to call twice: a test may have abandoned it
+    image.close()  # a test may have abandoned it already, which is allowed
 
 
 def make_file(layer: UpperLayer, name: bytes, directory: Key = None, mode: int = 0o600) -> Key:
-    """An empty file."""
+    """Create an empty file."""
     key, file = layer.create(layer.root if directory is None else directory, name, mode, 0, 0)
     file.close()
     return key

@@ -1,4 +1,4 @@
-"""Damaged images, opened, walked and changed by the engine, with bounds on time and memory.
+"""Open, walk and change damaged images with the engine, with limits on time and memory.
 
     python -m tests.ext3.exercise --start N --count N IMAGE...
 
@@ -26,21 +26,21 @@ from tests.ext3.damage import Target, damaged
 from tests.support import sanitized
 
 SLOW = 5.0
-"""Seconds of processor time that one image may cost."""
+"""Seconds of processor time for one image."""
 REFUSED = {errno.EINVAL, errno.EUCLEAN, errno.EOPNOTSUPP, errno.EBADMSG, errno.EIO}
-"""What opening may say. (No ENOMEM: what a damaged image asks for must be bounded.)"""
+"""The errors that opening may raise. ENOMEM is not one of them, because memory must be limited."""
 SERVED = REFUSED | {
     errno.EROFS, errno.ENOSPC, errno.ENODATA, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
     errno.ENOTEMPTY, errno.EMLINK, errno.EFBIG, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ERANGE,
     errno.ENAMETOOLONG, errno.ESTALE,
 }  # fmt: skip
 _NAMES, _VISITED = 150, 40
-"""So many names are visited at a time, in all and of one directory."""
+"""The maximum number of names to visit at a time, in all and in one directory."""
 _BYTES = 1 << 20
 
 
 def exercise(data: bytes, seed: int, *, left: bool = False) -> int:
-    """Do everything with an image; returns how many names were seen, -1 if it was refused.
+    """Use an image in every way; return the number of names, or -1 if it was refused.
 
     What a dead process has *left* may have been recovered before more of it is found to be damaged.
     """
@@ -78,7 +78,7 @@ def _try(function: Any, *arguments: Any) -> Any:
 
 
 def impossible(name: bytes) -> bool:
-    """A name that no program could ever have given, nor the kernel take."""
+    """Return a name that no program or kernel could create."""
     return b"/" in name or b"\0" in name or name in {b".", b"..", b""}
 
 
@@ -88,7 +88,7 @@ class _Walk:
         self.count = 0
 
     def everything(self) -> int:
-        """Look at all, change all, look again."""
+        """Read everything, change everything, read again."""
         layer = self.layer
         layer.statfs()
         self.walk(self.look)
@@ -102,7 +102,7 @@ class _Walk:
         return self.count
 
     def walk(self, visit: Any) -> None:
-        """Every name, though not for ever: directories may contain themselves."""
+        """Yield every name, up to a limit, because directories may contain themselves."""
         pending, seen, count = [self.layer.root], set(), 0
         while pending and count < _NAMES:
             directory = pending.pop()
@@ -123,7 +123,7 @@ class _Walk:
         self.count += count
 
     def look(self, _directory: Any, _name: bytes, key: Any, mode: int) -> None:
-        """Read all there is."""
+        """Read everything."""
         layer = self.layer
         _try(layer.handle, key)
         for name in _try(layer.listxattr, key) or []:
@@ -140,7 +140,7 @@ class _Walk:
             file.close()
 
     def change(self, directory: Any, name: bytes, key: Any, mode: int) -> None:
-        """Change it, in every way."""
+        """Change it in every way."""
         layer = self.layer
         _try(layer.chmod, key, 0o640)
         _try(layer.utimens, key, 1, 2)
@@ -159,7 +159,7 @@ class _Walk:
         self.count += 1
 
     def make(self, directory: Any) -> None:
-        """New things of all kinds."""
+        """Create files of all types."""
         layer = self.layer
         key, file = layer.create(directory, b"made", 0o600, 0, 0)
         _try(file.pwrite, b"data" * 30_000, 0)
@@ -171,7 +171,7 @@ class _Walk:
         _try(layer.forget, key)
 
     def remove(self, directory: Any, name: bytes, key: Any, mode: int) -> None:
-        """Take it away."""
+        """Remove everything."""
         remove = self.layer.rmdir if stat.S_ISDIR(mode) else self.layer.unlink
         with suppress(OSError):
             remove(directory, name, key if self.count % 3 == 0 else None)
@@ -179,7 +179,7 @@ class _Walk:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit code."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--start", type=int, default=0, help="the first damage")
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--as-is", action="store_true", help="the images are damaged already: do one each")
     parser.add_argument("--memory", type=int, default=256, help="MiB of memory to allocate at most")
     options = parser.parse_args(arguments)
-    # Not RLIMIT_AS: malloc reserves address space for each thread, which costs nothing.
+    # Not RLIMIT_AS: malloc reserves address space for each thread without using memory.
     if sanitized.ENGINE is None:  # AddressSanitizer maps terabytes
         resource.setrlimit(resource.RLIMIT_DATA, (options.memory << 20, options.memory << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = refused = 0
     for seed in range(options.start, options.start + options.count):
         target = targets[seed % len(targets)]
-        print(f"{target.name}: damage {seed}", flush=True)  # the last one that is said is the one that did it
+        print(f"{target.name}: damage {seed}", flush=True)  # the last line names the cause
         faulthandler.dump_traceback_later(4 * SLOW, exit=True)
         begin = time.process_time()
         try:

@@ -1,4 +1,4 @@
-"""Images to test with, e2fsck, and the kernel's view of an image."""
+"""Test images, e2fsck, and the kernel's view of an image."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from tests.support.system import run
 
 IDENTITY = "6f0c8c2e-6d1f-4b7e-9a55-3c1d2e4f5a6b"
-"""The UUID and the seed of all hashes: the same at each run."""
+"""A fixed UUID and hash seed."""
 FEATURES = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
-"""What a store has."""
+"""The features of a store."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What kind of ext3 an image is."""
+    """The geometry of an ext3 image."""
 
     block_size: int = 4096
     inode_size: int = 256
     mib: int = 16
     journal: int = 4
-    """MiB, of which mke2fs wants at least 1024 blocks."""
+    """The size in MiB. mke2fs needs at least 1024 blocks."""
     inodes: int = 2048
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ MIDDLE = Shape(block_size=2048, mib=12, journal=2)
 
 
 def make(path: Path, shape: Shape = MODERN, tree: Path | None = None) -> Path:
-    """An image as ``cowfs create`` makes them, empty or with a copy of a *tree*."""
+    """Make an image like ``cowfs create``, empty or with a copy of a *tree*."""
     fill: list[str | Path] = [] if tree is None else ["-d", tree]
     with path.open("wb") as out:
         out.truncate(shape.mib << 20)
@@ -52,13 +52,13 @@ def make(path: Path, shape: Shape = MODERN, tree: Path | None = None) -> Path:
 
 
 def unclean(path: Path) -> str | None:
-    """What e2fsck finds in the image, changing nothing; None when it is sound."""
+    """Return the errors that e2fsck -n finds; None if the image is sound."""
     done = run("e2fsck", "-fn", path, check=False)
     return None if done.returncode == 0 else f"e2fsck -fn: exit {done.returncode}: {done.stdout[-1500:]}"
 
 
 def recover(path: Path) -> str | None:
-    """Do what is done before an image is mounted that was not unmounted; return what is wrong with it."""
+    """Repair an image that was not unmounted, as before a mount; return the errors."""
     done = run("e2fsck", "-p", path, check=False)
     if done.returncode & ~1:
         return f"e2fsck -p: exit {done.returncode}: {done.stdout[-1500:]}"
@@ -66,7 +66,7 @@ def recover(path: Path) -> str | None:
 
 
 def recover_by_kernel(path: Path, at: Path) -> str | None:
-    """The same, by mounting it."""
+    """Let the kernel repair the image by mounting it; return the errors."""
     with kernel_mounted(path, at):
         pass
     return unclean(path)
@@ -74,7 +74,7 @@ def recover_by_kernel(path: Path, at: Path) -> str | None:
 
 @contextmanager
 def kernel_mounted(image: Path, at: Path, options: str = "noatime") -> Iterator[Path]:
-    """The image, mounted by the kernel."""
+    """Mount the image with the kernel."""
     at.mkdir(exist_ok=True)
     run("mount", "-t", "ext3", "-o", f"loop,{options}", image, at)
     try:
@@ -84,5 +84,5 @@ def kernel_mounted(image: Path, at: Path, options: str = "noatime") -> Iterator[
 
 
 def scratch() -> Path | None:
-    """Where files are in memory: e2fsck syncs what it writes."""
+    """Return a directory in memory if possible, because e2fsck syncs its writes."""
     return Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None

@@ -1,4 +1,4 @@
-"""A load in a process of its own, to be killed: ``python -m tests.ext3.killed IMAGE SEED``.
+"""A load in its own process, to be killed: ``python -m tests.ext3.killed IMAGE SEED``.
 
 It tells on stdout what it does, so that who kills it knows what must be there: pickled records,
 each behind its length.
@@ -24,7 +24,7 @@ _LENGTH = struct.Struct("<I")
 
 
 def main() -> None:
-    """Work until killed."""
+    """Run the load until it is killed."""
     path, seed = Path(sys.argv[1]), int(sys.argv[2])
     out = sys.stdout.buffer
 
@@ -62,7 +62,7 @@ def _last(block: Block, operation: int) -> bytes | None:
 
 @dataclass
 class Account:
-    """What a load has told of itself."""
+    """The records that a load has written."""
 
     states: list[State]
     promises: Promises = field(default_factory=Promises)
@@ -70,7 +70,7 @@ class Account:
     _writing: tuple[int, int, bytes] | None = None
 
     def take(self, data: bytes) -> None:
-        """Take one record."""
+        """Add a record."""
         what, *record = pickle.loads(data)
         if what == "state":
             self._writing = None
@@ -107,20 +107,20 @@ class Account:
     def _block(self, number: int, identity: int, data: bytes | None) -> Block:
         known = self._blocks.get(identity)
         if known is None:
-            # Written while its file had no name or never seen: what matters is what it holds now.
+            # The file had no name, or was never seen: only its current content matters.
             known = self._blocks[identity] = Block(number, data or b"")
         elif data is not None and known.operations[-1] != number:
             known.write(number, data)
         return known
 
     def end(self) -> None:
-        """There is no more: what was being written may be in the blocks that were there already."""
+        """End: data of the unfinished write may be in blocks that existed already."""
         if self._writing is not None:
             perhaps_written(self.states, *self._writing)
 
 
 def records(data: bytes) -> list[bytes]:
-    """Split what was said; the last one may be cut off."""
+    """Split the output into records; the last one may be incomplete."""
     found, at = [], 0
     while at + _LENGTH.size <= len(data):
         (length,) = _LENGTH.unpack_from(data, at)

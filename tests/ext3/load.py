@@ -1,4 +1,4 @@
-"""A seeded load of operations on a layer, with the model that says what the tree must be."""
+"""A random load of operations on a layer, with a model of the expected tree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.listing import names_of
 
 Operation = Callable[["Load"], None]
 BEGIN, COMMITTED, SYNCED = 1, 2, 3
-"""What a mark says: an operation is about to begin; all up to one is committed; an inode is synced."""
+"""The meaning of marks: an operation begins; all up to one is committed; an inode is synced."""
 
 
 class Load:
@@ -55,7 +55,7 @@ class Load:
         self._kinds = kinds
         self.syncs: list[Synced] = []
         self.spared = {ROOT, 11}
-        """Inodes that are left alone, but for names in the root; 11 is ``lost+found``."""
+        """Inodes to leave alone, except for names in the root; 11 is ``lost+found``."""
         self.failed = 0
         """Operations that failed with a tolerated errno."""
         self.held: dict[int, Any] = {}
@@ -67,7 +67,7 @@ class Load:
     # --- running
 
     def run(self, operations: int, commit_every: int = 25, sync_every: int = 15) -> None:
-        """Do so many operations, with commits and fsyncs between."""
+        """Do this number of operations, with commits and fsyncs in between."""
         for _ in range(operations):
             self.step()
             if self.random.randrange(commit_every) == 0:
@@ -76,7 +76,7 @@ class Load:
                 self.sync_one()
 
     def step(self) -> None:
-        """One operation of a kind that suits the tree."""
+        """Do an operation of a kind that is possible in the tree."""
         kinds, weights = list(self._kinds), list(self._kinds.values())
         while True:
             (operation,) = self.random.choices(kinds, weights)
@@ -87,7 +87,7 @@ class Load:
                 continue
 
     def do(self, operation: Callable[[Load], None]) -> None:
-        """Do one operation, and settle what became of it."""
+        """Do an operation, and record its outcome in the model."""
         self.touched = set()
         self._announced = False
         try:
@@ -104,7 +104,7 @@ class Load:
         self._settled(self.model, self.touched)
 
     def commit(self) -> None:
-        """Sync the layer: everything up to now is promised."""
+        """Sync the layer, so that everything up to now is promised."""
         self.layer.sync()
         self.mark(COMMITTED, self.model.operation)
 
@@ -126,7 +126,7 @@ class Load:
         self.promise(Synced(self.model.operation, ino, datasync))
 
     def promise(self, sync: Synced) -> None:
-        """Note what was synced. From any thread."""
+        """Record what was synced. May be called from any thread."""
         with self._lock:
             self.syncs.append(sync)
             self.mark(SYNCED, len(self.syncs) - 1)
@@ -138,7 +138,7 @@ class Load:
             del self.model.orphans[ino]
 
     def check(self) -> None:
-        """Everything reads as the model has it, through the layer."""
+        """Fail unless the layer shows the tree of the model."""
         for ino, node in self.model.nodes.items():
             key = self.key(ino)
             facts = node.facts
@@ -159,7 +159,7 @@ class Load:
                 self.check_data(ino, key)
 
     def check_data(self, ino: int, key: Any) -> None:
-        """One file, in pieces, and where it has data."""
+        """Read a file in pieces, and compare where it has data."""
         file = self.layer.open(key, os.O_RDONLY)
         try:
             size = self.model.node(ino).facts.size
@@ -177,7 +177,7 @@ class Load:
     # --- choosing
 
     def key(self, ino: int) -> Any:
-        """The key of an inode, found by one of its names."""
+        """Return the key of an inode, found by one of its names."""
         if ino == ROOT:
             return self.layer.root
         if ino in self.held:
@@ -192,13 +192,13 @@ class Load:
         return found[0]
 
     def begin(self) -> None:
-        """Every choice is made: the operation begins."""
+        """All choices are made: the operation begins."""
         if not self._announced:
             self._announced = True
             self.mark(BEGIN, self.model.operation + 1)
 
     def pick(self, *kinds: int, orphans: bool = False) -> int:
-        """Any inode, of the given kinds of file if there are any given."""
+        """Return an inode, of the given types of files if any."""
         nodes = [
             ino for ino, node in self.model.nodes.items()
             if (not kinds or node.kind in kinds) and ino not in self.spared
@@ -210,19 +210,19 @@ class Load:
         return self.random.choice(nodes)
 
     def directory(self) -> int:
-        """A directory to make something in."""
+        """Return a directory for a new file."""
         left_alone = self.spared - {ROOT}
         found = [ino for ino, node in self.model.nodes.items() if node.kind == stat.S_IFDIR]
         return self.random.choice([ino for ino in found if ino not in left_alone])
 
     def name(self) -> bytes:
-        """A name that was never used."""
+        """Return a name that was never used."""
         self._count += 1
         long = self.random.choice((b"", b"", b"", b"n" * 30, b"\xff" * 100, b"long " * 48))
         return b"%d.%d%s" % (self._seed, self._count, long)
 
     def place(self, directories: bool = True) -> tuple[int, bytes, int]:
-        """A name that is there: its directory, itself, its inode."""
+        """Return an existing name: its directory, the name, its inode."""
         node = self.model.nodes[self.pick()]
         if not directories and node.kind == stat.S_IFDIR:
             raise Refused
@@ -230,5 +230,5 @@ class Load:
         return directory, name, node.ino
 
     def owner(self) -> tuple[int, int]:
-        """Some uid and gid, small or large."""
+        """Return a uid and gid, small or large."""
         return self.random.choice(((0, 0), (1000, 1000), (70_000, 3), (4_000_000_000, 65_536)))

@@ -1,4 +1,4 @@
-"""Ext3 filesystems of many makes: what other programs, or other options, make of one."""
+"""Ext3 filesystems of many makes: from other programs, or with other options."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from tests.ext3.images import FEATURES, IDENTITY
 from tests.support.system import run
 
 SIGNED, UNSIGNED = 1, 2
-"""Bits of s_flags: how the bytes of names enter their hashes."""
+"""Bits of s_flags: whether hashes use the bytes of names as signed or unsigned."""
 
 
 def without(*names: str) -> str:
-    """The features of a store but for some."""
+    """Return the features of a store, without some."""
     return ",".join(name for name in FEATURES.split(",") if name not in names)
 
 
 @dataclass(frozen=True)
 class Make:
-    """One make: how it is made, and what is changed in it then."""
+    """A make: how to create it, and what to change then."""
 
     features: str = FEATURES
     options: tuple[str, ...] = ()
     extended: str = ""
     kib: int = 24 << 10
     journal: int = 4
-    """MiB."""
+    """The size in MiB."""
     changes: tuple[str, ...] = ()
-    """Commands of debugfs."""
+    """Commands for debugfs."""
     patch: Callable[[Path], None] | None = None
     for_kernel: bool = True
     """Whether the kernel can mount it."""
 
     def make(self, path: Path) -> Path:
-        """Make it, an empty one."""
+        """Create an empty filesystem of this make."""
         with path.open("wb") as out:
             out.truncate(self.kib << 10)
         extended = f"lazy_itable_init=0,lazy_journal_init=0,nodiscard,hash_seed={IDENTITY}"
@@ -58,7 +58,7 @@ def _busybox(path: Path) -> None:
 
 
 def _revision_0(path: Path) -> None:
-    # By hand: how mke2fs is asked for it differs by its version.
+    # By hand, because the option of mke2fs depends on its version.
     run("mke2fs", "-q", "-F", "-O", "none", "-b", "1024", "-I", "128", path)
     for command in ("set_super_value rev_level 0", "set_super_value default_mount_opts 0"):
         run("debugfs", "-w", "-R", command, path)
@@ -67,7 +67,7 @@ def _revision_0(path: Path) -> None:
 
 
 def _journal_v1(path: Path) -> None:
-    """Let the journal's superblock be of the first version, whose later fields mean nothing."""
+    """Change the journal's superblock to version 1, whose later fields have no meaning."""
     data = bytearray(path.read_bytes())
     size = 1024 << struct.unpack_from("<I", data, 1024 + 24)[0]
     magic = bytes.fromhex("c03b3998")
@@ -83,7 +83,7 @@ def _hashed(version: str, flags: int, *options: str) -> Make:
 
 
 def _large(block_size: int) -> Make:
-    """The journal has 1024 blocks at least."""
+    """Return a make whose journal has at least 1024 blocks."""
     return Make(
         options=("-b", str(block_size), "-N", "2000"),
         kib=block_size * 2200 >> 10,
@@ -139,7 +139,7 @@ MAKES = {
     "hurd": Make(without("filetype"), options=("-o", "hurd", *K4)),
     "wants_extra": Make(changes=("set_super_value want_extra_isize 64",)),
 }
-"""Those that we read and write."""
+"""The makes that cowfs reads and writes."""
 
 
 def _features(names: str, *options: str, **more: object) -> Make:
@@ -170,4 +170,4 @@ REFUSED = {
     "unknown feature 0x40000000": Make(changes=("feature FEATURE_I30",)),
     "unknown feature 0x80000000": Make(changes=("feature FEATURE_R31",)),
 }  # fmt: skip
-"""Those that we refuse, with what is said of each."""
+"""The makes that cowfs refuses, with its messages."""

@@ -1,4 +1,4 @@
-"""What a tree must look like after each operation, and what may be found of it after a crash.
+"""The expected tree after each operation, and what may be found after a crash.
 
 A state is numbered by the operation that led to it. Files are kept block by block, with all that each
 block ever held: data goes to its place at once, metadata with the commit, so that after a crash a block
@@ -19,7 +19,7 @@ from tests.ext3.reader import ROOT, Facts, Image
 
 
 class Block:
-    """What a block of a file has held: each version with the number of the operation that wrote it."""
+    """The contents that a block of a file has had, with the numbers of the operations that wrote them."""
 
     __slots__ = ("operations", "versions")
 
@@ -36,7 +36,7 @@ class Block:
         self.versions.append(data)
 
     def possible(self, floor: int, high: int) -> list[bytes]:
-        """What may be on disk: what was there at *floor*, or was written after it, up to *high*."""
+        """Return what may be on disk: the content at *floor*, and later ones up to *high*."""
         first = max(bisect.bisect_right(self.operations, floor) - 1, 0)
         return self.versions[first : bisect.bisect_right(self.operations, high)]
 
@@ -49,7 +49,7 @@ class Node:
     facts: Facts
     blocks: dict[int, Block] = field(default_factory=dict)
     places: set[tuple[int, bytes]] = field(default_factory=set)
-    """(directory, name) of each of its names."""
+    """The (directory, name) of each of its names."""
 
     @property
     def kind(self) -> int:
@@ -62,14 +62,14 @@ class Node:
 
 
 class State(NamedTuple):
-    """The tree after an operation: what has names, no more."""
+    """The tree after an operation, without inodes that have no name."""
 
     facts: dict[int, Facts]
     blocks: dict[int, dict[int, Block]]
 
 
 class Model:
-    """The tree that an image should have."""
+    """The expected tree of an image."""
 
     def __init__(self, image: Image) -> None:
         self.block_size = image.block_size
@@ -82,17 +82,17 @@ class Model:
             for name, ino in (node.facts.names or {}).items():
                 self.nodes[ino].places.add((node.ino, name))
         self.orphans: dict[int, Node] = {}
-        """Without a name, but in use."""
+        """The inodes that have no name but are in use."""
         self.states = [State({}, {})]
         self.settle(self.nodes.keys())
 
     @property
     def operation(self) -> int:
-        """The number of the last operation that was settled."""
+        """Return the number of the last completed operation."""
         return len(self.states) - 1
 
     def settle(self, changed: Iterable[int]) -> None:
-        """Note the state that there is now; only what is *changed* is looked at."""
+        """Record the current state; only *changed* inodes are copied."""
         last = self.states[-1]
         state = State(dict(last.facts), dict(last.blocks))
         for ino in changed:
@@ -112,22 +112,22 @@ class Model:
     # --- changes
 
     def set(self, ino: int, **what: object) -> None:
-        """Give an inode other facts."""
+        """Change facts of an inode."""
         node = self.node(ino)
         node.facts = replace(node.facts, **what)  # type: ignore[arg-type]
 
     def node(self, ino: int) -> Node:
-        """The inode, be it an orphan."""
+        """Return the inode, even if it is an orphan."""
         return self.nodes.get(ino) or self.orphans[ino]
 
     def enter(self, directory: int, name: bytes, ino: int) -> None:
-        """Write a name into a directory. Link counts are for the caller."""
+        """Add a name to a directory. The caller updates link counts."""
         where = self.nodes[directory]
         self.set(directory, names={**where.names, name: ino})
         self.nodes[ino].places.add((directory, name))
 
     def leave(self, directory: int, name: bytes, keep: bool) -> int:
-        """Take a name out; without names an inode goes, or is an orphan."""
+        """Remove a name; an inode without names is removed, or becomes an orphan."""
         names = dict(self.nodes[directory].names)
         ino = names.pop(name)
         self.set(directory, names=names)
@@ -166,7 +166,7 @@ class Model:
         self.set(ino, size=length)
 
     def data(self, ino: int, offset: int, length: int) -> bytes:
-        """What a file should hold."""
+        """Return the expected content of a file."""
         node, size = self.node(ino), self.block_size
         length = max(0, min(length, node.facts.size - offset))
         begin = offset // size
@@ -179,7 +179,7 @@ class Model:
     # --- looking
 
     def see(self, ino: int, attr: Attr) -> None:
-        """Take the times of an inode from *attr*, which must agree in all else."""
+        """Take the times of an inode from *attr*, which must agree in everything else."""
         facts = self.node(ino).facts
         size = 0 if stat.S_ISDIR(attr.st_mode) else attr.st_size
         nlink = facts.nlink if ino in self.nodes else 0
@@ -189,7 +189,7 @@ class Model:
         self.set(ino, atime=attr.st_atime_ns, mtime=attr.st_mtime_ns, ctime=attr.st_ctime_ns)
 
     def is_below(self, ino: int, ancestor: int) -> bool:
-        """Is the directory *ino* below *ancestor*, or itself?"""
+        """Return whether the directory *ino* is *ancestor* or below it."""
         while ino not in (ancestor, ROOT):
             ((ino, _),) = self.nodes[ino].places
         return ino == ancestor
@@ -197,7 +197,7 @@ class Model:
 
 @dataclass
 class Synced:
-    """A promise: *ino* was on disk as it was after *operation* (but for its times, if *datasync*)."""
+    """A promise: *ino* was on disk as after *operation* (except for times, if *datasync*)."""
 
     operation: int
     ino: int
@@ -206,12 +206,12 @@ class Synced:
 
 @dataclass
 class Promises:
-    """What had been acknowledged, and what had been begun, when it ended."""
+    """What was acknowledged and what was begun at the end."""
 
     committed: int = 0
-    """Everything up to this operation is on disk."""
+    """The last operation that is on disk with all before it."""
     begun: int = 0
-    """No operation after this one was ever asked for."""
+    """The last operation that was begun."""
     synced: list[Synced] = field(default_factory=list)
 
 
@@ -221,13 +221,13 @@ def judge(
     found: Image,
     unknown: Callable[[dict[int, Facts]], bool] = lambda tree: False,
 ) -> str | None:
-    """Why *found* is no state that may be there after a crash; None when it is one.
+    """Return why *found* is no valid state after a crash; None if it is one.
 
     *unknown*: is a tree that is none of the states the result of the operation that was going on?
     """
     tree = found.tree()
     high = min(promises.begun, len(states) - 1)
-    # Where times are whole seconds, several states look the same but for the data.
+    # With times in whole seconds, several states differ only in their data.
     equal = [number for number in range(high, promises.committed - 1, -1) if states[number].facts == tree]
     if not equal:
         return None if unknown(tree) else _nearest(states, promises.committed, high, tree)
@@ -238,7 +238,7 @@ def judge(
 def _wrong_state(
     states: list[State], number: int, promises: Promises, found: Image, tree: dict[int, Facts]
 ) -> str | None:
-    """Why the image, which has the metadata of this state, breaks a promise or has wrong data."""
+    """Return why the image with this state's metadata breaks a promise or has wrong data."""
     floors = dict.fromkeys(tree, number)
     for sync in promises.synced:
         floors[sync.ino] = max(floors.get(sync.ino, number), sync.operation)
@@ -277,7 +277,7 @@ def _wrong_block(
 
 
 def perhaps_written(states: list[State], ino: int, offset: int, data: bytes) -> None:
-    """After a write that did not succeed: the blocks that were there already may have its data."""
+    """Record a failed write: blocks that existed already may have its data."""
     for index, block in states[-1].blocks.get(ino, {}).items():
         at = index * len(block.data)
         begin, end = max(at, offset), min(at + len(block.data), offset + len(data))
@@ -287,7 +287,7 @@ def perhaps_written(states: list[State], ino: int, offset: int, data: bytes) -> 
 
 
 def _nearest(states: list[State], low: int, high: int, tree: dict[int, Facts]) -> str:
-    """Say what differs from the state that differs least."""
+    """Describe the differences from the most similar state."""
 
     def differing(number: int) -> list[int]:
         facts = states[number].facts

@@ -1,4 +1,4 @@
-"""What a load does: each operation on the layer first, and then on the model."""
+"""The operations of a load: each is done on the layer first, and then on the model."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ DEVICE_NUMBERS = [(0, 0), (1, 3), (8, 0), (200, 100), (300, 70_000)]
 
 
 class Refused(Exception):
-    """The chosen operation does not suit the tree as it is."""
+    """The chosen operation is not possible in the current tree."""
 
 
-# --- making
+# --- creating
 
 
 def new_node(
     load: Load, directory: int, name: bytes, key: Any, mode: int, owner: tuple[int, int], **more: Any
 ) -> int:
-    """The model's side of a new inode; what it inherits by ACL it is believed to have."""
+    """Add a new inode to the model, with the ACLs that the layer shows."""
     attr = load.layer.stat(key)
     ino = attr.st_ino
     assert ino not in load.model.nodes and ino not in load.model.orphans, f"inode {ino} is in use"
@@ -63,7 +63,7 @@ def new_node(
 
 
 def count_link(load: Load, ino: int, change: int) -> None:
-    """One link more or less."""
+    """Change a link count by one."""
     node = load.model.node(ino)
     load.model.set(ino, nlink=node.facts.nlink + change)
     load.touched.add(ino)
@@ -81,7 +81,7 @@ def create(load: Load) -> None:
 
 
 def copy(load: Load) -> None:
-    """A file with all that it has, in one step, as small files are copied up."""
+    """Create a complete file in one step, as small files are copied up."""
     if len(load.model.nodes) > load.files or not takes_whole(load.layer):
         raise Refused
     directory, name, owner = load.directory(), load.name(), load.owner()
@@ -148,11 +148,11 @@ def put(load: Load, ino: int, offset: int, length: int) -> None:
 
 
 def written(load: Load, ino: int, file: Any, offset: int, data: bytes) -> bytes:
-    """How much of a write that failed was done after all."""
+    """Return the part of *data* that a failed write has written."""
     got, old = file.pread(len(data), offset), load.model.data(ino, offset, len(data))
     assert len(got) >= len(old)
     done = next((n for n, (one, two) in enumerate(zip(got, data, strict=False)) if one != two), len(got))
-    if len(got) == len(old):  # nothing was added, so the rest must be as it was
+    if len(got) == len(old):  # nothing was added, so the rest must be unchanged
         assert got[done:] == old[done:]
     else:
         assert done == len(got), "what was not written is part of the file"
@@ -178,7 +178,7 @@ def append(load: Load) -> None:
 
 
 def sparse(load: Load) -> None:
-    """Far behind the end: through all the indirect blocks."""
+    """Write far after the end, through all the indirect blocks."""
     ino = load.pick(stat.S_IFREG)
     width = load.model.block_size // 4
     index = load.random.choice(
@@ -219,7 +219,7 @@ def link(load: Load) -> None:
 
 
 def remove(load: Load, directory: int, name: bytes, ino: int, keep: Any) -> None:
-    """The model's side of a name that goes: one that stands there no more."""
+    """Remove a replaced or unlinked name from the model."""
     load.model.leave(directory, name, keep is not None)
     load.touched |= {directory, ino}
     load.directories.pop(ino, None)
@@ -230,7 +230,7 @@ def remove(load: Load, directory: int, name: bytes, ino: int, keep: Any) -> None
 
 
 def kept_key(load: Load, ino: int) -> Any:
-    """The key of what is about to lose a name, if somebody is to go on using it."""
+    """Return the key of an inode that loses a name, if it is used afterwards."""
     node = load.model.nodes[ino]
     if node.facts.xattrs and node.kind not in (stat.S_IFREG, stat.S_IFDIR):
         return None  # e2fsck 1.47 clears orphans of other kinds without freeing their block of attributes
@@ -357,11 +357,11 @@ def setxattr(load: Load) -> None:
 
 
 def acl(load: Load) -> None:
-    """A default ACL for a directory: what is made in it inherits it, in the same step."""
+    """Set a default ACL on a directory, which new files inherit in the same step."""
     ino = load.pick(stat.S_IFDIR)
     xattrs = load.model.nodes[ino].facts.xattrs
     if xattrs:
-        raise Refused  # there may be no room for more
+        raise Refused  # there may be no space for more
     load.begin()
     load.layer.setxattr(load.key(ino), DEFAULT_ACL, ACL)
     load.model.set(ino, xattrs={**xattrs, DEFAULT_ACL: ACL})
@@ -388,7 +388,7 @@ def chmod(load: Load) -> None:
     load.begin()
     load.layer.chmod(load.key(ino), mode)
     xattrs = dict(load.model.nodes[ino].facts.xattrs)
-    if ACCESS_ACL in xattrs:  # follows the mode; how, the tests of the layer know
+    if ACCESS_ACL in xattrs:  # depends on the mode; the tests of the layer check it
         xattrs[ACCESS_ACL] = load.layer.getxattr(load.key(ino), ACCESS_ACL)
     load.model.set(ino, mode=load.model.nodes[ino].kind | mode, xattrs=xattrs)
     load.touched.add(ino)
@@ -398,7 +398,7 @@ def chown(load: Load) -> None:
     ino, owner = load.pick(), load.owner()
     mode = load.model.nodes[ino].facts.mode
     if stat.S_ISREG(mode) and mode & 0o6000:
-        raise Refused  # whether that takes them away is for the tests of the layer
+        raise Refused  # the tests of the layer check whether this removes them
     load.begin()
     load.layer.chown(load.key(ino), *owner)
     load.model.set(ino, uid=owner[0], gid=owner[1])
@@ -417,6 +417,6 @@ OPERATIONS: dict[Callable[[Load], None], int] = {
     whiteout: 3, link: 4, unlink: 12, rmdir: 4, setxattr: 5, removexattr: 2, chmod: 3, chown: 2, utimens: 2,
     forget: 5, sparse: 1, acl: 1,
 }  # fmt: skip
-"""How often each is done."""
+"""How often each operation is done."""
 COPYING = {copy: 20, **OPERATIONS}
-"""The same with many files copied up."""
+"""The same, with many files copied up."""

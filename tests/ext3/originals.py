@@ -1,4 +1,4 @@
-"""Sound images that have one of everything, for tests to damage."""
+"""Sound images with everything, for tests to damage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = [
 
 
 def fill(top: Path) -> None:
-    """A tree that has one of everything."""
+    """Build a tree with everything."""
     chance = random.Random(1)
     (top / "many").mkdir(parents=True)
     for number in range(120):
@@ -42,7 +42,7 @@ def fill(top: Path) -> None:
 
 
 def make_originals(place: Path) -> list[Path]:
-    """Make them in *place*. e2fsck -D makes indexes for the directories."""
+    """Make the images in *place*. e2fsck -D makes indexes for the directories."""
     fill(place / "tree")
     made = []
     for shape in SHAPES:

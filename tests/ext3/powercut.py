@@ -1,4 +1,4 @@
-"""Power cuts, simulated: a load is recorded with every write and barrier, and cut anywhere.
+"""Simulate power cuts: record a load with every write and barrier, and cut it anywhere.
 
 What was written before the last completed barrier was begun is on the disk. Of each page written since,
 the disk may hold what it was before, or what it was after any of the writes to it (the page cache writes
@@ -34,9 +34,9 @@ PAGE = 4096
 _RECORD = struct.Struct("<QQQ")
 _WRITE, _BARRIER, _MARK, _BEGUN = 1, 2, 3, 4
 _PHASE = 9
-"""A mark of our own: the load comes to opening (0), work (1), a checkpoint (2), closing (3)."""
+"""Marks for the phases of a load: opening (0), work (1), a checkpoint (2), closing (3)."""
 STIRRED = 3
-"""Beside threads that commit, the load waits for a commit after so many operations, however quick it is."""
+"""With threads that commit, the load waits for a commit after this number of operations."""
 
 
 class Event(NamedTuple):
@@ -50,7 +50,7 @@ class Event(NamedTuple):
 
 @dataclass
 class Recording:
-    """A load that was run to its end, and what the disk was told meanwhile."""
+    """A completed load, with the trace of its disk."""
 
     base: bytes
     events: list[Event]
@@ -63,7 +63,7 @@ class Recording:
 
 
 def mixed(operations: int) -> Callable[[Load, Engine], None]:
-    """So many operations of all kinds; twice the log is written home."""
+    """Do this number of operations of all kinds, with two checkpoints."""
 
     def work(load: Load, opened: Engine) -> None:
         for part in range(4):
@@ -86,7 +86,7 @@ def record(
     stir: bool = False,
     cache_bytes: int = 64 << 20,
 ) -> Recording:
-    """Run a load on a fresh image, which is closed in the end.
+    """Run a load on a new image, and close the image at the end.
 
     *debug* leaves out rules of the journal, see X3_NO_HOLD and the others in engine.h. With *stir* other
     threads commit and sync all the time, and the load gives them the time to: see STIRRED.
@@ -106,7 +106,7 @@ def record(
         trace.seek(0)
         events = list(parse(trace.read()))
     number = load.model.operation
-    if not debug:  # without a rule even this may fail
+    if not debug:  # without a debug option even this may fail
         wrong = images.unclean(path) or judge(
             load.model.states, Promises(number, number), Image(path.read_bytes())
         )
@@ -115,7 +115,7 @@ def record(
 
 
 class _Turns:
-    """The commits of another thread, for which the load waits now and then."""
+    """The commits of another thread, for which the load sometimes waits."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -129,17 +129,17 @@ class _Turns:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Let nobody wait: there are no more."""
+        """Wake all waiting threads: there are no more commits."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
 
     def give(self, model: Model, touched: set[int]) -> None:
-        """After an operation: wait for a commit that has begun after it, if it is its turn."""
+        """After an operation, wait for a later commit if it is time."""
         del touched
         if model.operation % STIRRED == 0:
             with self._changed:
-                wanted = self._count + 2  # the next may have begun before
+                wanted = self._count + 2  # the next commit may have begun already
                 self._changed.wait_for(lambda: self._over or self._count >= wanted)
 
 
@@ -167,7 +167,7 @@ def _stirring(opened: Engine, load: Load, turns: _Turns) -> Iterator[None]:
             try:
                 opened.image.fsync(ino, datasync)
             except OSError as error:
-                assert error.errno == errno.ESTALE, error  # it is gone by now
+                assert error.errno == errno.ESTALE, error  # it was removed meanwhile
                 continue
             load.promise(Synced(number, ino, datasync))
 
@@ -182,7 +182,7 @@ def _stirring(opened: Engine, load: Load, turns: _Turns) -> Iterator[None]:
 
 
 def parse(trace: bytes) -> Iterator[Event]:
-    """The records of a trace."""
+    """Yield the records of a trace."""
     at = 0
     while at < len(trace):
         kind, number, length = _RECORD.unpack_from(trace, at)
@@ -191,7 +191,7 @@ def parse(trace: bytes) -> Iterator[Event]:
 
 
 def choose_cuts(events: list[Event], count: int, seed: int) -> list[int]:
-    """Where to cut: anywhere, just before a barrier is completed, and in opening, checkpoints and closing."""
+    """Yield places to cut: anywhere, before the end of barriers, and in opening, checkpoints and closing."""
     chosen = random.Random(seed)
     phases: dict[int, list[int]] = {0: [], 1: [], 2: [], 3: []}
     before_barriers = []
@@ -209,12 +209,12 @@ def choose_cuts(events: list[Event], count: int, seed: int) -> list[int]:
 
 @dataclass
 class Disk:
-    """What the disk is known to hold, and what it was told since."""
+    """What is on disk for certain, and what was written since."""
 
     durable: bytearray
     written: list[Event] = field(default_factory=list)
     begun: dict[int, int] = field(default_factory=dict)
-    """By the number of each barrier under way: how many of the writes it covers."""
+    """The number of writes that each pending barrier covers."""
     promises: Promises = field(default_factory=Promises)
 
     def apply(self, event: Event, syncs: list[Synced]) -> None:
@@ -238,14 +238,14 @@ class Disk:
                 self.promises.synced.append(syncs[number])
 
     def kill(self) -> bytearray:
-        """What the page cache holds when the process has died now."""
+        """Return the page cache if the process dies now."""
         cache = bytearray(self.durable)
         for write in self.written:
             cache[write.number : write.number + len(write.data)] = write.data
         return cache
 
     def cut(self, chance: random.Random) -> bytearray:
-        """What may be on the disk after a power cut now."""
+        """Return what may be on disk after a power cut now."""
         disk = bytearray(self.durable)
         pieces: dict[int, list[tuple[int, bytes]]] = {}
         for write in self.written:
@@ -267,22 +267,22 @@ class Disk:
 
 @dataclass
 class Outcome:
-    """One cut: where it was, and what was wrong afterwards."""
+    """A cut: its place, and the errors after recovery."""
 
     cut: int
     wrong: str | None
 
 
 def cut(recording: Recording, count: int, seed: int, place: Path) -> list[Outcome]:
-    """Cut the power so many times, recover, and judge what is there."""
+    """Cut the power this number of times, recover, and check the image."""
     cuts = iter(_cut_images(recording, count, seed))
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        while batch := list(islice(cuts, 8)):  # so many images are in memory at once
+        while batch := list(islice(cuts, 8)):  # limits the images in memory
             paths = [place / f"cut{where}-{number}" for number, (where, _, _) in enumerate(batch)]
             made = list(pool.map(lambda *one: _recovered(recording, *one), paths, batch))
-            # Not in threads: a program that another one starts has the files that are open in this process
-            # until it is that program, and keeps a mount busy with them.
+            # Not in threads: between fork and exec, a new program has the open files of this process,
+            # which keeps mounts busy.
             for path, outcome in zip(paths, made, strict=True):
                 if outcome.wrong is None and _is_for_kernel(outcome.cut):
                     outcome.wrong = _said_by(partial(seen_by_kernel, path, path.with_suffix(".mnt")))
@@ -303,7 +303,7 @@ def _cut_images(recording: Recording, count: int, seed: int) -> Iterator[tuple[i
 
 
 def seen_by_kernel(path: Path, at: Path) -> None:
-    """The kernel shows of a sound image what its bytes say."""
+    """Fail unless the kernel shows what the bytes of a sound image say."""
     image = Image(path.read_bytes())
     with images.kernel_mounted(path, at, "noatime,ro"):
         layer = open_directory(str(at))
@@ -314,7 +314,7 @@ def seen_by_kernel(path: Path, at: Path) -> None:
 
 
 def _recovered(recording: Recording, path: Path, made: tuple[int, bytearray, Promises]) -> Outcome:
-    """Make the image of a cut and recover it."""
+    """Make the image of a cut and recover it; return the errors."""
     where, disk, promises = made
     path.write_bytes(disk)
 
@@ -335,7 +335,7 @@ def _is_for_kernel(where: int) -> bool:
 
 
 def _said_by(check: Callable[[], str | None]) -> str | None:
-    """What a check says is wrong, in words or by failing."""
+    """Return the errors that a check returns or raises."""
     try:
         return check()
     except (AssertionError, LookupError, OSError, struct.error) as error:

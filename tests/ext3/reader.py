@@ -1,4 +1,4 @@
-"""An ext3 filesystem read with the bare eye: from the bytes alone, with nothing of what is tested.
+"""Read an ext3 filesystem from its bytes alone, without the code under test.
 
 For small, sound images: everything is in memory, and nothing is checked (e2fsck is there for that).
 Layout: the kernel's Documentation/filesystems/ext4, of which ext3 is the older part.
@@ -21,19 +21,19 @@ _PREFIXES = {
     6: b"security.",
 }
 _ACL_NAMED = (2, 8)
-"""The tags of ACL entries that name a user or a group."""
+"""The tags of ACL entries for a named user or group."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What an inode is, but for the data of a file: two equal ones show the same to every program."""
+    """The facts of an inode, without the data of a file. Equal facts look the same to every program."""
 
     mode: int
     nlink: int
     uid: int
     gid: int
     size: int
-    """0 for a directory: how large it is, is the filesystem's affair."""
+    """The size; 0 for a directory, because it depends on the filesystem."""
     rdev: tuple[int, int]
     atime: int
     mtime: int
@@ -41,12 +41,12 @@ class Facts:
     xattrs: dict[bytes, bytes]
     target: bytes
     names: dict[bytes, int] | None
-    """Of a directory: the inode of each name."""
+    """The inode of each name of a directory."""
 
 
 @dataclass(frozen=True)
 class Inode:
-    """The fields of an inode as they are on disk."""
+    """The fields of an inode on disk."""
 
     number: int
     raw: bytes
@@ -82,25 +82,25 @@ class Image:
         self.groups = -(-(self.blocks - self.first_block) // self.blocks_per_group)
         self._pointers = struct.Struct(f"<{self.block_size // 4}I")
 
-    # --- where things are
+    # --- places
 
     def group(self, number: int) -> tuple[int, int, int]:
-        """The blocks of a group's block bitmap, inode bitmap and inode table."""
+        """Return the blocks of a group's block bitmap, inode bitmap and inode table."""
         blocks, inodes, table = struct.unpack_from("<III", self.data, self.descriptor(number))
         return blocks, inodes, table
 
     def descriptor(self, number: int) -> int:
-        """The byte where a group's descriptor is."""
+        """Return the offset of a group's descriptor."""
         per_block = self.block_size // 32
         index = number // per_block
         at = self.first_block + 1 + index
-        if self.incompat & 0x10 and index >= self.first_meta_group:  # meta_bg: where the groups begin
+        if self.incompat & 0x10 and index >= self.first_meta_group:  # meta_bg: in the groups themselves
             first = index * per_block
             at = self.first_block + first * self.blocks_per_group + self.has_super(first)
         return at * self.block_size + number % per_block * 32
 
     def has_super(self, group: int) -> bool:
-        """Has a group a copy of the superblock?"""
+        """Return whether a group has a copy of the superblock."""
         if group == 0 or (group == 1 and not self.compat & 0x200):
             return True
         if self.compat & 0x200:  # sparse_super2
@@ -109,7 +109,7 @@ class Image:
         return not self.read_only_compat & 1 or group in powers
 
     def unset_features(self) -> list[str]:
-        """The features that are made use of, though the superblock does not have them."""
+        """Return the features that are used although the superblock lacks them."""
         used = set()
         for ino in self.used_inodes():
             inode = self.inode(ino)
@@ -130,16 +130,16 @@ class Image:
         return sorted(name for name in used if not has[name] or not self.revision)
 
     def place(self, ino: int) -> int:
-        """Where inode *ino* is, in bytes."""
+        """Return the offset of inode *ino*."""
         group, index = divmod(ino - 1, self.inodes_per_group)
         return self.group(group)[2] * self.block_size + index * self.inode_size
 
     def block(self, number: int) -> bytes:
-        """One block."""
+        """Return a block."""
         return bytes(self.data[number * self.block_size : (number + 1) * self.block_size])
 
     def used_inodes(self) -> list[int]:
-        """The inodes that the bitmaps say are in use."""
+        """Return the inodes that are in use according to the bitmaps."""
         found = []
         for group in range(self.groups):
             bitmap = self.block(self.group(group)[1])
@@ -152,7 +152,7 @@ class Image:
     # --- inodes
 
     def inode(self, ino: int) -> Inode:
-        """Read one."""
+        """Read an inode."""
         at = self.place(ino)
         raw = bytes(self.data[at : at + self.inode_size])
         mode, uid, low, atime, ctime, mtime, _, gid, nlink, sectors, flags = struct.unpack_from(
@@ -173,7 +173,7 @@ class Image:
         )  # fmt: skip
 
     def mapping(self, inode: Inode) -> Iterator[tuple[int, int]]:
-        """(logical, physical) block of all that is mapped, in order."""
+        """Yield the (logical, physical) numbers of all mapped blocks, in order."""
         for logical, block in enumerate(inode.block[:12]):
             if block:
                 yield logical, block
@@ -196,7 +196,7 @@ class Image:
                 yield from self._indirect(below, depth - 1, first + index * step)
 
     def indirect_blocks(self, inode: Inode) -> list[int]:
-        """The blocks that hold block numbers."""
+        """Return the blocks that contain block numbers."""
         found: list[int] = []
         pending = [(block, depth) for depth, block in enumerate(inode.block[12:], 1) if block]
         while pending:
@@ -207,13 +207,13 @@ class Image:
         return found
 
     def contents(self, ino: int) -> dict[int, bytes]:
-        """The blocks of a file that are no holes."""
+        """Return the blocks of a file that are not holes."""
         return {logical: self.block(block) for logical, block in self.mapping(self.inode(ino))}
 
-    # --- what inodes hold
+    # --- content of inodes
 
     def facts(self, ino: int) -> Facts:
-        """What *ino* is."""
+        """Return the facts of *ino*."""
         inode = self.inode(ino)
         kind = stat.S_IFMT(inode.mode)
         return Facts(
@@ -232,7 +232,7 @@ class Image:
         )
 
     def tree(self) -> dict[int, Facts]:
-        """All that can be reached from the root, by inode; ``lost+found`` is left out while empty."""
+        """Return the facts of all reachable inodes by number; without ``lost+found`` while it is empty."""
         found: dict[int, Facts] = {}
         pending = [ROOT]
         while pending:
@@ -244,7 +244,7 @@ class Image:
         return found
 
     def names(self, inode: Inode) -> dict[bytes, int]:
-        """The names in a directory, without ``.`` and ``..``. The index of a hashed one is skipped."""
+        """Return the names in a directory, without ``.`` and ``..``, skipping its index."""
         found: dict[bytes, int] = {}
         for ino, _, name in self._entries_of(inode):
             if ino and name not in (b".", b".."):
@@ -253,7 +253,7 @@ class Image:
         return found
 
     def types(self, inode: Inode) -> list[int]:
-        """What the entries of a directory say of the types of inodes."""
+        """Return the types of inodes in the entries of a directory."""
         return [kind for ino, kind, _ in self._entries_of(inode) if ino]
 
     def _entries_of(self, inode: Inode) -> Iterator[tuple[int, int, bytes]]:
@@ -262,7 +262,7 @@ class Image:
             while at < self.block_size:
                 ino, length, size, kind = struct.unpack_from("<IHBB", block, at)
                 yield ino, kind, block[at + 8 : at + 8 + size]
-                if self.block_size == 65536:  # 16 bits are too few
+                if self.block_size == 65536:  # 16 bits are not enough
                     length = 65536 if length in (0, 65535) else length & ~3 | (length & 3) << 16
                 at += length
 
@@ -291,7 +291,7 @@ class Image:
 
 
 def _entries(raw: bytes, at: int, base: int) -> Iterator[tuple[bytes, bytes]]:
-    """The attributes whose list begins at *at*; where values are counts from *base*."""
+    """Return the attributes whose list begins at *at*; the offsets of values count from *base*."""
     while struct.unpack_from("<I", raw, at)[0]:
         length, prefix, offset, _, size, _ = struct.unpack_from("<BBHIII", raw, at)
         name = _PREFIXES[prefix] + raw[at + 16 : at + 16 + length]
@@ -301,7 +301,7 @@ def _entries(raw: bytes, at: int, base: int) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _acl(value: bytes) -> bytes:
-    """An ACL as getxattr(2) gives it, from the shorter form on disk."""
+    """Return an ACL in the form of getxattr(2), from the shorter form on disk."""
     result, at = struct.pack("<I", 2), 4
     while at < len(value):
         tag, permissions = struct.unpack_from("<HH", value, at)

@@ -1,4 +1,4 @@
-"""An image is recovered by the engine itself, which shows first what it is going to do."""
+"""Let the engine recover an image, and first show what it will recover."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cowfs.layers.base import UpperLayer
 from tests.ext3 import engine, images
 
 OTHER_BOOT = 16
-"""X3_OTHER_BOOT of engine.h: the machine was started anew since, so that no page cache has survived."""
+"""X3_OTHER_BOOT of engine.h: the machine was restarted, so no page cache has survived."""
 
 MUCH = 256 << 20
 
 
 def shown(layer: UpperLayer) -> dict[bytes, Any]:
-    """The whole tree as a layer shows it, by path. AssertionError for what is no tree, or endless."""
+    """Return the whole tree of a layer, by path. AssertionError if it is invalid or endless."""
     found: dict[bytes, Any] = {}
     directories: set[int] = set()
     waiting = [(layer.root, b"")]
@@ -53,7 +53,7 @@ def _content(layer: UpperLayer, key: Any, mode: int, size: int) -> bytes:
 
 
 def by_engine(path: Path, debug: int = 0, *, trace_fd: int = -1) -> str | None:
-    """Open the image for reading, then to write; return what is wrong with it."""
+    """Open the image read-only, then for writing; return the errors."""
     before = path.read_bytes()
     with engine.opened(path, read_only=True, debug=debug) as opened:
         promised = shown(opened.layer)

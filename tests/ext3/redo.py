@@ -1,4 +1,4 @@
-"""The redo log, seen in the bytes of an image; and what must be there after the death of a process."""
+"""The redo log in the bytes of an image, and what must exist after a process dies."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from tests.ext3.powercut import Disk, Event
 from tests.ext3.reader import Image
 
 RARELY = 1_000_000
-"""Operations without a commit, or an fsync."""
+"""The number of operations without a commit or fsync."""
 WRITE, MARK, CLOSING = 1, 3, 9 << 56 | 3
-"""What is in a trace, and the mark of powercut that the load is over."""
+"""The kinds of records in a trace, and the mark for the end of the load."""
 
 
 def strict(promises: Promises) -> Promises:
-    """Whatever was done before the operation that was begun last is promised."""
+    """Everything before the last begun operation is promised."""
     return Promises(max(promises.begun - 1, promises.committed), promises.begun)
 
 
 def judged(
     path: Path, states: list[State], promises: Promises, debug: int = 0, trace_fd: int = -1
 ) -> str | None:
-    """Recover an image; what is wrong with it?"""
+    """Recover an image; return the errors."""
     wrong = recovery.by_engine(path, debug, trace_fd=trace_fd)
     return wrong or judge(states, promises, Image(path.read_bytes()))
 
 
 def left(place: Path) -> Path:
-    """An image whose daemon died, with one file committed and one not."""
+    """Make an image whose daemon died, with one file committed and one not."""
     path = images.make(place / "image")
     with engine.opened(path) as opened:
         make_file(opened.layer, b"committed")
@@ -43,7 +43,7 @@ def left(place: Path) -> Path:
 
 
 def ring(data: bytes | bytearray) -> tuple[int, int, int]:
-    """Where in the image the header of the redo log is, its ring begins, and ends."""
+    """Return the offsets of the redo log's header, and of the begin and end of its ring."""
     image = Image(data)
     blocks = [nr for _, nr in image.mapping(image.inode(8))]
     size = image.block_size
@@ -53,7 +53,7 @@ def ring(data: bytes | bytearray) -> tuple[int, int, int]:
 
 
 def crc32c(data: bytes | bytearray) -> int:
-    """The checksum that ext4 uses."""
+    """Return the checksum that ext4 uses."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -63,7 +63,7 @@ def crc32c(data: bytes | bytearray) -> int:
 
 
 def records_in(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
-    """Offset and length of each record that is in the image, and its transaction."""
+    """Yield offset, length and transaction of each record in the image."""
     header, begin, end = ring(data)
     session = data[header + 72 : header + 80]
     starts = [struct.unpack_from("<IIII", data, header + 88 + 16 * number) for number in (0, 1)]
@@ -79,7 +79,7 @@ def records_in(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
 
 
 def without_log(base: bytes, events: list[Event]) -> Disk:
-    """What a process leaves that did all of it, but writing the log: it died before its first commit."""
+    """Return the image of a process that died before its first commit, without the redo log."""
     header, _, _ = ring(base)
     image = Image(base)
     journal = [nr * image.block_size for _, nr in image.mapping(image.inode(8))]

@@ -27,7 +27,6 @@ CALLS = ALLOCATES | {
         "open_directory",
     ),
 }
-MAKES_FILES = {"open", "create"}
 
 
 @dataclass

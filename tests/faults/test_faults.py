@@ -1,4 +1,4 @@
-"""Every operation that changes more than one thing in the upper, failing at each of its steps."""
+"""Every operation that changes several things in the upper, with a failure at each of its steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Act = Callable[[Direct], object]
 
 
 def _hollow(fs: Direct) -> None:
-    """Make ``dir`` one that holds nothing but whiteouts."""
+    """Fill ``dir`` with whiteouts only."""
     for path in ("dir/a", "dir/two", "dir/sub/deep"):
         fs.unlink(path)
     fs.rmdir("dir/sub")
@@ -131,7 +131,7 @@ FAULTS = {
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """In memory: hundreds of unions are opened here."""
+    """A directory in memory, because hundreds of unions are opened here."""
     place = Path(tempfile.mkdtemp(prefix="cowfs-faults-", dir="/dev/shm"))
     tree.build(place / "lower", LOWER)
     yield place
@@ -139,7 +139,7 @@ def scratch() -> Iterator[Path]:
 
 
 def opened(scratch: Path, fault: Fault, prepare: Act, *, slow: bool = False) -> Direct:
-    """A fresh union in which *prepare* has been done and given back, and the fault is armed."""
+    """Return a new union after *prepare*, with the fault armed."""
     store = scratch / "store"
     shutil.rmtree(store, ignore_errors=True)
     fs = Direct(str(store), [str(scratch / "lower")], faulty(fault), slow=slow)
@@ -169,7 +169,7 @@ def test_old_or_new(name: str, how: str, scratch: Path) -> None:
             check(fs, fault, failed, old, new, where)
             fs.crash()
             check(fs, fault, failed, old, new, f"{where}, reopened")
-            # The next user finds nothing in the way.
+            # The next operation finds no leftovers.
             if failed is not None and old_or_new(fs.snapshot(), old, new) == "old":
                 act(fs)
                 assert seen(fs.snapshot()) == seen(new), f"{where}: done again it gives another tree"
@@ -185,7 +185,7 @@ def test_old_or_new(name: str, how: str, scratch: Path) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_same_with_a_slow_lower(name: str, scratch: Path) -> None:
-    """An operation is begun again for each thing that it must ask a lower which may wait for others."""
+    """With a slow lower, an operation restarts for each answer that it needs."""
     prepare, act = OPERATIONS[name]
     trees = []
     for slow in (False, True):
@@ -200,7 +200,7 @@ def test_the_same_with_a_slow_lower(name: str, scratch: Path) -> None:
 
 
 def check(fs: Direct, fault: Fault, failed: OSError | None, old: Snapshot, new: Snapshot, where: str) -> None:
-    """The tree is one of the two; it is the new one if the operation said so."""
+    """The tree is the old or the new one; the new one if the operation succeeded."""
     if failed is not None:
         assert failed.errno == fault.code, f"{where}: answered {failed!r}"
     now = fs.snapshot()
@@ -212,19 +212,19 @@ def check(fs: Direct, fault: Fault, failed: OSError | None, old: Snapshot, new: 
 
 
 def old_or_new(now: Snapshot, old: Snapshot, new: Snapshot) -> str:
-    """Which of the two trees this is."""
+    """Return which of the two trees this is."""
     if seen(now) == seen(new):
         return "new"
     return "old" if seen(now) == seen(old) else ""
 
 
 def seen(snap: Snapshot) -> Snapshot:
-    """What must be old or new. Not the times, which may tell of an attempt that failed."""
+    """Return what must be old or new: not the times, which a failed attempt may change."""
     return tree.stable(snap, ignore=("ino", "mtime"))
 
 
 def error_of(operation: Callable[[], Any]) -> OSError | None:
-    """The OSError of an operation; any other exception is a failure of the test."""
+    """Return the OSError of an operation; any other exception fails the test."""
     try:
         operation()
     except OSError as error:
@@ -233,7 +233,7 @@ def error_of(operation: Callable[[], Any]) -> OSError | None:
 
 
 def test_links_that_only_the_index_has(scratch: Path) -> None:
-    """What is begun again finds no inode that the first attempt has left half known."""
+    """A restarted operation finds no inode that the first attempt left half registered."""
     tree.build(scratch / "links", {"one": b"linked\n", "dir/two": link("one"), "dir/three": link("one")})
     fs = Direct(str(scratch / "store"), [str(scratch / "links")], slow=True)
     fs.set("one", mode=0o600)

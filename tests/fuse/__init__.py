@@ -1,1 +1,1 @@
-"""The FUSE adapter called directly, without a mount."""
+"""Tests that call the FUSE adapter directly, without a mount."""

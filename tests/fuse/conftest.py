@@ -1,4 +1,4 @@
-"""A union and its adapter."""
+"""Fixtures: a union and its adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BIG = b"0123456789abcdef" * (1 << 16)
 
 @pytest.fixture(params=[False, True], ids=["local", "slow"])
 def fs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
-    """A union in memory; its lower may be one that may wait for others."""
+    """A union in memory. Its lower may be slow."""
     if os.geteuid() != 0:
         pytest.skip("needs root: whiteouts on tmpfs")
     place = Path(tempfile.mkdtemp(prefix="cowfs-fuse-", dir="/dev/shm"))
@@ -46,17 +46,17 @@ def fs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.fixture
 def adapter(fs: Direct) -> Adapter:
-    """Its adapter."""
+    """The adapter of the union."""
     return Adapter(fs.union.overlay, RequestLoop())
 
 
 @pytest.fixture
 def kernel(adapter: Adapter) -> Kernel:
-    """Who calls it."""
+    """The credentials of the caller."""
     return Kernel(adapter)
 
 
 @pytest.fixture
 def slow(fs: Direct, monkeypatch: pytest.MonkeyPatch) -> Slow:
-    """Copy-ups wait until they are let go."""
+    """A gate at which copy-ups wait."""
     return Slow(fs.union.overlay, monkeypatch)

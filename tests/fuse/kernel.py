@@ -1,4 +1,4 @@
-"""A stand-in for the kernel: calls an adapter's handlers as pyfuse3 would."""
+"""A stand-in for the kernel, which calls an adapter's handlers like pyfuse3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS = ("mode", "uid", "gid", "size", "atime", "mtime")
 
 
 def changes(**values: int) -> tuple[Any, Any]:
-    """The arguments of setattr: attributes, and which of them count."""
+    """Return the arguments of setattr: attributes, and the fields to set."""
     attr = pyfuse3.EntryAttributes()
     fields = SimpleNamespace(**{f"update_{name}": name in values for name in FIELDS})
     for name, value in values.items():
@@ -31,7 +31,7 @@ def changes(**values: int) -> tuple[Any, Any]:
 
 @dataclass
 class Page:
-    """What stands for the kernel's buffer in readdir."""
+    """The kernel's buffer in readdir."""
 
     room: int
     names: list[bytes] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Page:
     next: int = 0
 
     def reply(self, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
-        """Take an entry if there is room."""
+        """Add an entry; return whether it fits."""
         if len(self.names) >= self.room:
             return False
         self.names.append(name)
@@ -49,7 +49,7 @@ class Page:
 
 
 def fake_readdir_reply(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the adapter fill Pages."""
+    """Make the adapter fill Pages."""
 
     def reply(page: Any, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
         return bool(page.reply(name, entry, next_id))
@@ -58,21 +58,21 @@ def fake_readdir_reply(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Kernel:
-    """Counts what it was given, and gives it back."""
+    """Counts the references that it gets, and gives them back."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.given: dict[int, int] = {}
 
     def took(self, entry: pyfuse3.EntryAttributes) -> int:
-        """Count a reference; the inode number."""
+        """Count a reference; return the inode number."""
         ino = int(entry.st_ino)
         if ino:
             self.given[ino] = self.given.get(ino, 0) + 1
         return ino
 
     async def find(self, path: str) -> int:
-        """The inode number of a path; ENOENT."""
+        """Return the inode number of a path. ENOENT."""
         ino = int(ROOT)
         for name in filter(None, path.split("/")):
             ino = self.took(await self.adapter.lookup(ino, name.encode(), CTX))
@@ -81,7 +81,7 @@ class Kernel:
         return ino
 
     async def list(self, ino: int, room: int = 1000) -> list[bytes]:
-        """All names, asked for *room* at a time."""
+        """Return all names of a directory, listed *room* at a time."""
         fh = await self.adapter.opendir(ino, CTX)
         names: list[bytes] = []
         start = 0
@@ -97,19 +97,19 @@ class Kernel:
         return names
 
     def count(self, page: Page) -> None:
-        """Readdirplus gives references, but for . and .."""
+        """Count the references of readdirplus, which gives none for . and .."""
         for name, ino in zip(page.names, page.inos, strict=True):
             if name not in {b".", b".."}:
                 self.given[ino] = self.given.get(ino, 0) + 1
 
     async def forget_all(self) -> None:
-        """Give everything back."""
+        """Give all references back."""
         given, self.given = self.given, {}
         await self.adapter.forget(list(given.items()))
 
 
 class Slow:
-    """Holds up the data of copy-ups until they are let go, each by the name of its file."""
+    """Delays the data of copy-ups, by the name of the file."""
 
     def __init__(self, fs: Overlay, monkeypatch: pytest.MonkeyPatch) -> None:
         self._gates: dict[bytes, threading.Event] = {}
@@ -132,15 +132,15 @@ class Slow:
                     raise self.failing.pop(name)
                 run()
 
-            setattr(job, "run", slow_run)  # noqa: B010 - of whatever class it is
+            setattr(job, "run", slow_run)  # noqa: B010 - its class does not matter
             return job
 
         monkeypatch.setattr(fs, "prepare_copy_up", slow_prepare, raising=False)
 
     def let_go(self, name: bytes) -> None:
-        """The copy-up of this file, and later ones, may go on."""
+        """Let copy-ups of this file proceed, now and later."""
         self._gates.setdefault(name, threading.Event()).set()
 
     def hold(self, name: bytes) -> None:
-        """Later copy-ups of this file wait again."""
+        """Delay later copy-ups of this file again."""
         self._gates[name] = threading.Event()

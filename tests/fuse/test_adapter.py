@@ -1,4 +1,4 @@
-"""Errors, references and listings: what the adapter owes to the kernel whatever the union does."""
+"""Errors, references and listings: what the adapter must do for the kernel, whatever the union does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.direct import Direct
 
 
 async def errno_of(request: Awaitable[Any]) -> int:
-    """The errno that a request is answered with; 0 for success."""
+    """Return the errno of a request's reply; 0 for success."""
     try:
         await request
     except FUSEError as error:
@@ -99,7 +99,7 @@ REQUESTS: dict[str, Callable[[Adapter, int, int, int], Awaitable[Any]]] = {
 
 
 class Broken:
-    """A union in which everything but finding nodes raises."""
+    """A union in which everything except finding nodes raises an exception."""
 
     def __init__(self, fs: Any, error: Exception) -> None:
         self._fs = fs
@@ -120,7 +120,7 @@ class Broken:
 async def test_no_exception_ends_the_mount(
     adapter: Adapter, kernel: Kernel, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What nobody expected is answered EIO, and its traceback is in the log."""
+    """The reply to an unexpected exception is EIO, and its traceback is in the log."""
     ino = await kernel.find("file")
     info = await adapter.open(ino, os.O_RDONLY, CTX)
     listing = await adapter.opendir(await kernel.find("dir"), CTX)
@@ -185,7 +185,7 @@ async def test_listings_in_pages(kernel: Kernel, room: int) -> None:
 
 @pytest.mark.parametrize("room", [1, 5, 40])
 async def test_removing_while_listing(adapter: Adapter, kernel: Kernel, room: int) -> None:
-    """Nothing is skipped and nothing comes twice; the next listing shows what is left."""
+    """A listing skips and repeats nothing; the next listing shows what is left."""
     folder = await kernel.find("dir")
     fh = await adapter.opendir(folder, CTX)
     seen: list[bytes] = []
@@ -208,7 +208,7 @@ async def test_removing_while_listing(adapter: Adapter, kernel: Kernel, room: in
 
 
 async def test_a_listing_is_as_of_its_beginning(adapter: Adapter, kernel: Kernel) -> None:
-    """New names may be missing from it and removed ones too; rewinding shows them."""
+    """A listing may lack new names and show removed ones; rewinding updates it."""
     folder = await kernel.find("dir")
     fh = await adapter.opendir(folder, CTX)
     page = Page(10)
@@ -239,12 +239,12 @@ async def test_nodes_of_hard_links_are_one(adapter: Adapter, kernel: Kernel) -> 
 
 
 def test_pyfuse3_has_what_the_loop_replaces() -> None:
-    """A private name of pyfuse3's: without it the stock loop serves, twice as slowly. Time to look."""
+    """This uses a private name of pyfuse3. Without it, pyfuse3's own loop runs, at half the speed."""
     assert hasattr(pyfuse3, loop._WAIT)
 
 
 async def test_names_are_kept_for_few_readers_and_each_sees_all(fs: Direct) -> None:
-    """However many list a directory at a time: who was left behind goes on with names that are taken anew."""
+    """Many listings of one directory: a reader whose snapshot was dropped continues with a new one."""
     adapter = Adapter(fs.fs, loop.RequestLoop(), bounds=Bounds(1000, 1000, 250, shared=True))
     kernel = Kernel(adapter)
     ino = await kernel.find("dir")
@@ -269,7 +269,7 @@ async def test_names_are_kept_for_few_readers_and_each_sees_all(fs: Direct) -> N
 async def test_who_finds_no_room_lets_others_be_served_first(
     adapter: Adapter, fs: Direct, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among what has come may be that a removed file is forgotten; once, so that it ends."""
+    """A pending FORGET of a removed file may free space: other requests are served, but only once."""
     overlay, mkdir = fs.union.overlay, fs.union.overlay.upper.mkdir
     full, served = True, []
 
@@ -293,7 +293,7 @@ async def test_who_finds_no_room_lets_others_be_served_first(
 
 @pytest.mark.skipif(libfuse.ring is None, reason="cowfs was built without it")
 def test_the_inodes_without_capability_are_a_set() -> None:
-    """C keeps them: it grows, shrinks and is emptied like a set."""
+    """The set in C grows, shrinks and is cleared like a Python set."""
     rng = random.Random(1)
     ours, model = libfuse.no_capability(), set[int]()
     ours.clear()

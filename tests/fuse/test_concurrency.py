@@ -1,4 +1,4 @@
-"""Requests that come while others wait: for a copy-up, for the disk, for each other."""
+"""Requests that arrive while others wait for a copy-up, the disk, or each other."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from tests.support.direct import Direct
 
 EXPECTED = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.ESTALE),
-    *(errno.EPERM, errno.EINVAL),  # a link to a directory, a directory moved into itself
+    *(errno.EPERM, errno.EINVAL),  # a link to a directory, a directory renamed into itself
 }
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that other tasks do."""
+    """Wait until other tasks make *condition* true."""
     with trio.fail_after(10):
         while not condition():
             await trio.sleep(0.001)
 
 
 async def write(adapter: Adapter, ino: int, data: bytes = b"HEAD") -> None:
-    """Open to write, write, close."""
+    """Open a file, write, and close it."""
     info = await adapter.open(ino, os.O_RDWR, CTX)
     await adapter.write(info.fh, 0, data)
     await adapter.release(info.fh)
 
 
 async def read(adapter: Adapter, ino: int) -> bytes:
-    """The whole content."""
+    """Return the whole content."""
     info = await adapter.open(ino, os.O_RDONLY, CTX)
     data = await adapter.read(info.fh, 0, 1 << 24)
     await adapter.release(info.fh)
@@ -50,7 +50,7 @@ async def read(adapter: Adapter, ino: int) -> bytes:
 
 async def test_others_go_on_while_a_file_is_copied_up(adapter: Adapter, kernel: Kernel, slow: Slow) -> None:
     big = await kernel.find("big")
-    slow.let_go(b"file")  # small, but of a slow lower it goes the same way
+    slow.let_go(b"file")  # small, but with a slow lower it is copied the same way
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write, adapter, big)
         await until(lambda: slow.begun == [b"big"])
@@ -95,7 +95,7 @@ async def test_others_go_on_while_a_write_waits_for_the_disk(
         assert disk.wait(10)
         return write_at_once(self, data, offset)
 
-    info = await adapter.open(file, os.O_RDWR | flag, CTX)  # it is copied up, maybe by pwrite
+    info = await adapter.open(file, os.O_RDWR | flag, CTX)  # copies up, perhaps with pwrite
     monkeypatch.setattr(KernelFile, "pwrite", pwrite)
     written: list[int] = []
 
@@ -112,7 +112,7 @@ async def test_others_go_on_while_a_write_waits_for_the_disk(
 
 
 async def test_a_failed_copy_up_fails_one_request(adapter: Adapter, kernel: Kernel, slow: Slow) -> None:
-    """Who waited for it tries again by himself; the file is as it was in the meantime."""
+    """A request that waited tries again itself; meanwhile the file is unchanged."""
     big = await kernel.find("big")
     slow.failing[b"big"] = OSError(errno.ENOSPC, "full")
     answers: list[int] = []
@@ -150,7 +150,7 @@ MEANWHILE: dict[str, tuple[Act, str | None, bytes]] = {
 
 @pytest.mark.parametrize("what", MEANWHILE)
 async def test_meanwhile(fs: Direct, adapter: Adapter, kernel: Kernel, slow: Slow, what: str) -> None:
-    """What changes or removes a file that is being copied up waits, and then does its work."""
+    """A request that changes or removes a file waits for its copy-up, and then succeeds."""
     act, path, head = MEANWHILE[what]
     big = await kernel.find("big")
     for name in ("big2", "file"):
@@ -193,7 +193,7 @@ async def test_meanwhile(fs: Direct, adapter: Adapter, kernel: Kernel, slow: Slo
 
 
 async def test_a_second_copy_up_while_a_rename_waits(adapter: Adapter, kernel: Kernel, slow: Slow) -> None:
-    """The first copy-up of the source fails, another begins while the rename waits for the target."""
+    """The first copy-up of the source fails, and another begins while the rename waits for the target."""
     big = await kernel.find("big")
     big2 = await kernel.find("big2")
     slow.failing[b"big"] = OSError(errno.ENOSPC, "full")
@@ -229,7 +229,7 @@ async def test_a_second_copy_up_while_a_rename_waits(adapter: Adapter, kernel: K
 async def test_forgotten_while_it_is_copied_up(
     fs: Direct, adapter: Adapter, kernel: Kernel, slow: Slow
 ) -> None:
-    """The kernel may lose interest in an inode before the copy-up has ended."""
+    """The kernel may forget an inode before its copy-up ends."""
     before = len(fs.fs.nodes)
     big = await kernel.find("big")
     async with trio.open_nursery() as nursery:
@@ -265,7 +265,7 @@ async def test_all_names_of_a_hard_link_wait(adapter: Adapter, kernel: Kernel, s
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_eight_clients(fs: Direct, adapter: Adapter, kernel: Kernel, seed: int) -> None:
-    """They do everything to the same few names, with a switch after each request; only errnos come of it."""
+    """They do everything to a few names, and switch after each request; only errnos may result."""
     names = [b"file", b"big", b"big2", b"linked", b"alias", b"dir", b"x", b"y"]
     fs.union.overlay.options = type(fs.fs.options)(inline_up_to=0)
 

@@ -1,4 +1,4 @@
-"""Who waits for one thing goes on a few at a time."""
+"""Tasks that wait for the same thing continue a few at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cowfs.fuse.crowd import Crowd
 
 
 async def test_others_are_served_while_a_crowd_goes_on() -> None:
-    """Sixteen thousand who open one file while it is copied up would stop the mount for seconds."""
+    """16,000 opens of a file during its copy-up would otherwise block the mount for seconds."""
     crowd, gone, most = Crowd(), 0, 0
 
     async def waiter() -> None:
@@ -38,7 +38,7 @@ async def test_others_are_served_while_a_crowd_goes_on() -> None:
 
 
 async def test_who_is_cancelled_keeps_nobody_waiting() -> None:
-    """An interrupted request may be the one that was to wake the next."""
+    """An interrupted request may be the one that should wake the next."""
     crowd, gone = Crowd(), 0
     scopes = [trio.CancelScope() for _ in range(200)]
 

@@ -1,4 +1,4 @@
-"""Requests that need a commit wait for it; all others are served meanwhile."""
+"""Requests that need a commit wait for it, while others are served."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.support.ext3 import make
 
 
 class Disk:
-    """Stands for the store's disk: it is done when it is told so."""
+    """A stand-in for the store's disk. The test decides when a commit ends."""
 
     def __init__(self, upper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[bool] = []
         self.done = threading.Event()
         self.refuses = 0
-        """So many changes more have no room before a commit."""
+        """Let this number of further changes need a commit."""
         self._pwrite = upper.image.pwrite
         monkeypatch.setattr(upper, "relieve", self._relieve)
         monkeypatch.setattr(upper.image, "pwrite", self._write)

@@ -1,4 +1,4 @@
-"""What the kernel does not take is read and written by the daemon, as without."""
+"""If the kernel refuses passthrough, the daemon reads and writes the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.direct import Direct
 
 @pytest.fixture
 def passthrough(fs: Direct, monkeypatch: pytest.MonkeyPatch) -> Passthrough:
-    """Of a store in memory, before a kernel that has it."""
+    """Return the adapter of a store in memory, with a kernel that has passthrough."""
     monkeypatch.setattr(libfuse, "why_no_passthrough", lambda: "")
     made = Passthrough(fs.fs.upper, "auto")
     monkeypatch.setattr(made, "_why", "")
@@ -44,6 +44,6 @@ def test_the_kernel_refuses(
         assert not passthrough.opened(handle, os.O_RDWR)
         passthrough.closed(handle)
         fs.fs.release_handle(handle)
-    assert len(asked) == (1 if why else 2)  # for good, or this time
+    assert len(asked) == (1 if why else 2)  # for ever, or only this time
     assert passthrough.why_not() == why
     assert len(passthrough) == 0

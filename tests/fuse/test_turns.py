@@ -1,4 +1,4 @@
-"""What takes long is done in steps, and others are served between any two; what they change counts."""
+"""Long operations run in steps, and other requests, which may change the tree, run in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEPTH = 60
 
 @pytest.fixture
 def fs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
-    """A union of which each step takes longer than others should wait."""
+    """A union in which each step takes longer than other requests should wait."""
     if os.geteuid() != 0:
         pytest.skip("needs root: whiteouts on tmpfs")
     place = Path(tempfile.mkdtemp(prefix="cowfs-fuse-", dir="/dev/shm"))
@@ -51,18 +51,18 @@ def fs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
 
 @pytest.fixture
 def adapter(fs: Direct) -> Adapter:
-    """Its adapter."""
+    """The adapter of the union."""
     return Adapter(fs.fs, RequestLoop())
 
 
 @pytest.fixture
 def kernel(adapter: Adapter) -> Kernel:
-    """Who calls it."""
+    """The credentials of the caller."""
     return Kernel(adapter)
 
 
 async def served_during(adapter: Adapter, act: Callable[[], Awaitable[Any]]) -> int:
-    """How many requests of others are answered while one is under way."""
+    """Return the number of other requests that are answered during a request."""
     done, count = trio.Event(), 0
 
     async def do() -> None:
@@ -93,7 +93,7 @@ REMOVALS: dict[str, Callable[[Adapter], Awaitable[None]]] = {
 
 @pytest.mark.parametrize("what", REMOVALS)
 async def test_a_directory_of_whiteouts_goes(fs: Direct, adapter: Adapter, kernel: Kernel, what: str) -> None:
-    """Looking through it gives way, and so does clearing it away, which nobody waits for."""
+    """The check for emptiness yields to others, and so does the removal of the content afterwards."""
     whiten(fs)
     await kernel.find("big")
     await kernel.find("empty")
@@ -111,7 +111,7 @@ async def test_a_directory_of_whiteouts_goes(fs: Direct, adapter: Adapter, kerne
 async def test_a_name_that_comes_meanwhile_counts(
     fs: Direct, adapter: Adapter, kernel: Kernel, what: str
 ) -> None:
-    """The kernel locks the directory, but that is its affair."""
+    """Requests for the directory are served too; locking it is up to the kernel."""
     whiten(fs)
     big = await kernel.find("big")
     await kernel.find("empty")
@@ -134,7 +134,7 @@ async def test_a_name_that_comes_meanwhile_counts(
 
 
 async def test_a_directory_that_is_not_empty(adapter: Adapter, kernel: Kernel) -> None:
-    """Its first name tells that."""
+    """The first name shows that it is not empty."""
     await kernel.find("big")
 
     async def remove() -> None:
@@ -174,7 +174,7 @@ CUTS: dict[str, Callable[[Adapter, int], Awaitable[Any]]] = {
 async def test_cutting_a_large_file(
     fs: Direct, adapter: Adapter, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """Others are served while a thread frees its blocks; who would change it waits."""
+    """Other requests are served while a thread frees the blocks; changes of the file wait."""
     fs.create("large", bytes(20 << 20))
     large = await kernel.find("large")
     gate, begun = threading.Event(), threading.Event()
@@ -213,7 +213,7 @@ async def test_cutting_a_large_file(
 async def test_the_last_close_of_a_large_file(
     fs: Direct, adapter: Adapter, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its blocks are freed by a thread, be it by the close or when the kernel forgets the inode."""
+    """A thread frees its blocks, after the close or when the kernel forgets the inode."""
     fs.create("large", bytes(20 << 20))
     fs.forget()
     large = await kernel.find("large")

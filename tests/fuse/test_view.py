@@ -1,4 +1,4 @@
-"""The view of a store, asked as the kernel asks and as it never would, through a pair of sockets."""
+"""The view of a store, with normal and invalid requests through a pair of sockets."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Answer = tuple[int, bytes]
 
 @pytest.fixture
 def layer(tmp_path: Path) -> Iterator[Ext3Layer]:
-    """A small image with some of everything."""
+    """A small image with every type of file."""
     with ext3.opened(ext3.make(tmp_path / "image", size=16 << 20)) as layer:
         key, file = layer.create(layer.root, b"file", 0o640, 1, 2)
         file.pwrite(DATA, 0)
@@ -68,7 +68,7 @@ def layer(tmp_path: Path) -> Iterator[Ext3Layer]:
 
 @dataclass
 class Kernel:
-    """Asks, one thing after the other."""
+    """A client that sends one request after the other."""
 
     end: socket.socket
     view: View
@@ -80,14 +80,14 @@ class Kernel:
         self.end.send(message)
 
     async def tell(self, opcode: int, nodeid: int = ROOT, body: bytes = b"", *, uid: int = 0) -> int:
-        """Send a request; its number."""
+        """Send a request; return its number."""
         self.unique += 2
         length = protocol.IN.size + len(body)
         await self.send(protocol.IN.pack(length, opcode, self.unique, nodeid, uid, 0, 0, 0) + body)
         return self.unique
 
     async def hear(self) -> tuple[int, int, bytes]:
-        """The next answer: to what, the errno, and what comes with it."""
+        """Return the next reply: request number, errno, and data."""
         with trio.fail_after(20):
             await trio.lowlevel.wait_readable(self.end)
         message = self.end.recv(1 << 20)
@@ -97,20 +97,20 @@ class Kernel:
         return unique, -code, message[protocol.OUT.size :]
 
     async def ask(self, opcode: int, nodeid: int = ROOT, body: bytes = b"", *, uid: int = 0) -> Answer:
-        """Send a request and return its answer, which must be the next: errno and the rest."""
+        """Send a request and return its reply, which must be the next: errno and data."""
         wanted = await self.tell(opcode, nodeid, body, uid=uid)
         unique, code, data = await self.hear()
         assert unique == wanted
         return code, data
 
     async def get(self, opcode: int, nodeid: int = ROOT, body: bytes = b"") -> bytes:
-        """The same for what must work."""
+        """Send a request that must succeed; return the data of its reply."""
         code, data = await self.ask(opcode, nodeid, body)
         assert code == 0, os.strerror(code)
         return data
 
     async def find(self, *names: bytes) -> int:
-        """The number of what is found by these names, one below the other."""
+        """Return the inode number of a path, given by its names."""
         nodeid = ROOT
         for name in names:
             data = await self.get(LOOKUP, nodeid, name + b"\0")
@@ -121,7 +121,7 @@ class Kernel:
         return int(protocol.OPEN_OUT.unpack(await self.get(opcode, nodeid, bytes(8)))[0])
 
     async def works(self) -> None:
-        """Fail unless it still answers rightly, and nothing else has been answered meanwhile."""
+        """Fail unless it still replies correctly, without other replies in between."""
         assert await self.read(await self.find(b"file"), len(DATA) - 3, 10) == DATA[-3:]
 
     async def read(self, nodeid: int, offset: int, size: int) -> bytes:
@@ -137,7 +137,7 @@ def reading(fh: int, offset: int, size: int) -> bytes:
 
 @asynccontextmanager
 async def asked(layer: Any) -> AsyncIterator[Kernel]:
-    """A view that serves."""
+    """A running view."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     view = View(layer, theirs.detach())
     with ours:
@@ -148,7 +148,7 @@ async def asked(layer: Any) -> AsyncIterator[Kernel]:
 
 
 def names_in(data: bytes) -> list[tuple[bytes, int, int, int]]:
-    """What a listing has: names, inode numbers, offsets, types."""
+    """Parse a listing: names, inode numbers, offsets, types."""
     found, at = [], 0
     while at < len(data):
         ino, offset, length, kind = protocol.DIRENT.unpack_from(data, at)
@@ -215,7 +215,7 @@ async def test_xattrs(layer: Ext3Layer) -> None:
 
 
 async def test_reads(layer: Ext3Layer) -> None:
-    """As much as is asked for, but never more than the mount has agreed on."""
+    """A read returns what it asks for, but at most what the mount has negotiated."""
     async with asked(layer) as kernel:
         file = await kernel.find(b"file")
         for offset, size in ((0, 10), (4095, 128 << 10), (len(DATA) - 5, 100), (len(DATA), 1), (1 << 62, 1)):
@@ -232,7 +232,7 @@ async def test_reads(layer: Ext3Layer) -> None:
 
 
 async def test_listing(layer: Ext3Layer) -> None:
-    """However little is taken at a time, each name comes once, at an offset that stays its own."""
+    """However small the buffer, each name comes once, at an offset that does not change."""
     async with asked(layer) as kernel:
         fh = await kernel.open(ROOT, OPENDIR)
         found, offset = [], 0
@@ -267,7 +267,7 @@ async def whole(kernel: Kernel, nodeid: int, fh: int) -> bytes:
 
 
 async def test_stale(layer: Ext3Layer) -> None:
-    """An inode that has gone, its number another's: neither is taken for the other, nor forgotten with it."""
+    """A removed inode and another with its number are distinct, also in FORGET."""
     async with asked(layer) as kernel:
         old = await kernel.find(b"file")
         number = layer.lookup(layer.root, b"file")[0]  # type: ignore[index]
@@ -286,7 +286,7 @@ async def test_stale(layer: Ext3Layer) -> None:
 
 
 async def test_forgets(layer: Ext3Layer) -> None:
-    """What the kernel has let go of as often as it was given is not known any more; the root always is."""
+    """An inode is unknown after as many FORGETs as lookups; the root is always known."""
     async with asked(layer) as kernel:
         file = await kernel.find(b"file")
         for _ in range(2):
@@ -326,7 +326,7 @@ async def test_nothing_is_changed(layer: Ext3Layer) -> None:
 
 
 async def test_garbage(layer: Ext3Layer) -> None:
-    """Everything is answered once or, where the kernel waits for nothing, not at all; and it goes on."""
+    """Each request gets one reply, or none if the kernel expects none; the view continues."""
     source = random.Random(7)
     silent = {FORGET, BATCH_FORGET, INTERRUPT, 41}
     async with asked(layer) as kernel:
@@ -356,7 +356,7 @@ async def test_garbage(layer: Ext3Layer) -> None:
 
 
 class Slow:
-    """A file of which reading is long work."""
+    """A file that takes long to read."""
 
     def __init__(self) -> None:
         self.may = threading.Event()
@@ -378,7 +378,7 @@ class Slow:
 
 
 async def test_long_reads_are_waited_for(layer: Ext3Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a thread, while others go on; and to its end before the file and the layer are closed."""
+    """A thread reads, while others are served; it ends before the file and the layer are closed."""
     slow = Slow()
     monkeypatch.setattr(layer, "open", lambda key, flags: slow)
     async with asked(layer) as kernel:
@@ -397,7 +397,7 @@ async def test_long_reads_are_waited_for(layer: Ext3Layer, monkeypatch: pytest.M
 async def test_failures_are_answered(
     layer: Ext3Layer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever goes wrong in the layer, it is told, and the view goes on."""
+    """The view reports any error of the layer, and continues."""
     async with asked(layer) as kernel:
         file = await kernel.find(b"file")
         for error, code in (
@@ -419,7 +419,7 @@ async def test_failures_are_answered(
 
 
 async def test_a_damaged_inode_is_listed(layer: Ext3Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its neighbours can be looked at, and it is said of itself what is wrong with it."""
+    """Its neighbours are readable, and the error is reported for it alone."""
     lookup = layer.lookup
 
     def damaged(directory: int, name: bytes) -> Any:
@@ -438,7 +438,7 @@ async def test_a_damaged_inode_is_listed(layer: Ext3Layer, monkeypatch: pytest.M
 
 
 async def test_ends_with_the_connection(layer: Ext3Layer) -> None:
-    """When the other side is gone; files are let go of, so that what has no name does not stay for ever."""
+    """The view ends when the other side closes, and closes files, so that unlinked ones are freed."""
     async with asked(layer) as kernel:
         file = await kernel.find(b"file")
         await kernel.open(file)
@@ -467,7 +467,7 @@ async def test_an_answer_that_nobody_takes(layer: Ext3Layer, caplog: pytest.LogC
 
 
 async def test_layer_without_handles(layer: Ext3Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be told from what comes after it is not shown."""
+    """Names that cannot be distinguished from the rest are not shown."""
     monkeypatch.setattr(layer, "handle", lambda key: None)
     with pytest.raises(OSError, match="not supported"):
         View(layer, -1)

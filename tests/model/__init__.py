@@ -1,1 +1,1 @@
-"""The union against a plain tree in memory."""
+"""Compare the union with a plain tree in memory."""

@@ -36,7 +36,7 @@ XATTRS = ["user.one", "user.two", "trusted.three"]
 
 
 class Told(NamedTuple):
-    """One change."""
+    """A change."""
 
     kind: str
     path: str
@@ -44,11 +44,11 @@ class Told(NamedTuple):
     source: str | None = None
 
 
-# --- what the model says
+# --- the changes of the model
 
 
 def expected(before: Model, after: Model, files: dict[str, str]) -> Counter[Told]:
-    """What was changed between two states of a tree of which inodes have kept their numbers.
+    """Return the changes between two states of a tree whose inodes kept their numbers.
 
     A directory that is somewhere else was renamed. *files* are those that are said to have been, by what they
     are called now; that is checked, and that it is said of all large ones whose data nobody touched.
@@ -70,7 +70,7 @@ class _Expected:
         self._inside("", after.root, "", before.root)
 
     def _shown(self, path: str) -> Inode | None:
-        """What the lower has at a path, unless it was renamed."""
+        """Return what the lower has at a path, unless it was renamed."""
         inode = self.before.get(path)
         if inode is None or path in self.files.values():
             return None
@@ -136,11 +136,11 @@ def _join(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
 
 
-# --- the work
+# --- the operations
 
 
 class Work:
-    """Does the same to a union and to the model."""
+    """Do the same operations on a union and on the model."""
 
     def __init__(self, fs: Direct, model: Model, seed: int) -> None:
         self.fs, self.model = fs, model
@@ -212,7 +212,7 @@ class Work:
         try:
             inode, any_ = self.model.find(other), self.model.find(path)
         except OSError:
-            return  # all is gone
+            return  # everything was removed
         kind = inode.kind
         if act == "write" and kind == "file":
             data, at = b"%d\n" % self.done, chance.randrange(len(inode.data) + 1)
@@ -311,12 +311,12 @@ def model_of(layers: list[dict[str, tree.Node]], places: list[Path]) -> Model:
             if known is not None and known.kind != "link":
                 inode.xattrs, inode.uid, inode.gid = dict(known.xattrs), known.uid, known.gid
             if os.path.lexists(place / path):
-                break  # the topmost counts, also where it is only there for what is in it
+                break  # only the topmost, even if it exists only for its content
     return model
 
 
 def files_of(model: Model) -> dict[str, object]:
-    """What a patch can tell of a tree, as :func:`tests.mount.test_diff_patch.tree` does."""
+    """Return what a patch can express of a tree, like :func:`tests.mount.test_diff_patch.tree`."""
     return {
         path: os.fsdecode(inode.data) if inode.kind == "symlink" else (bool(inode.mode & 0o100), inode.data)
         for path, inode in model.walk()
@@ -325,7 +325,7 @@ def files_of(model: Model) -> dict[str, object]:
 
 
 def without(paths: set[str], files: dict[str, object]) -> dict[str, object]:
-    """Leave out what a patch tells in a comment: a file that came where a fifo or a device was."""
+    """Leave out what a patch has only in a comment: a file in place of a fifo or device."""
     return {path: what for path, what in files.items() if path not in paths}
 
 
@@ -407,7 +407,7 @@ def test_what_was_changed(tmp_path: Path, kind: str, seed: int, count: int) -> N
 
 
 def build_for_git(model: Model, place: Path) -> Path:
-    """Make what a patch is for: without empty directories, which git does not know, nor removes."""
+    """Build the source of a patch, without empty directories, which git ignores."""
     place.mkdir()
     for path, inode in model.walk():
         if inode.kind in {"symlink", "file"}:
@@ -432,7 +432,7 @@ def fifos_made(before: Model, after: Model, shown: tree.Snapshot) -> dict[str, i
 
 
 def differences(one: tree.Snapshot, other: tree.Snapshot, made: dict[str, int]) -> list[str]:
-    """Everything counts, times and numbers of inodes too; a fifo may have the number of the one in *made*."""
+    """Compare everything, including times and inode numbers; a fifo may have the number of that in *made*."""
     found = []
     for path in one.keys() | other.keys():
         was, is_ = (None if facts is None else dict(facts) for facts in (one.get(path), other.get(path)))

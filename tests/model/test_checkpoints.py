@@ -29,7 +29,7 @@ EXAMPLES = int(os.environ.get("COWFS_CHECKPOINT_EXAMPLES", "25"))
 
 
 class CheckpointMachine(UnionMachine):
-    """Every rule does the same to the union and to the model; a checkpoint is a copy of the model."""
+    """Every rule does the same to the union and the model; a checkpoint is a copy of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class CheckpointMachine(UnionMachine):
 
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
-        """Its layer is merged with the one above when the store is opened next."""
+        """Delete a checkpoint. The next open of the store merges its layer with the one above."""
         assume(self.kept)
         name = data.draw(st.sampled_from(sorted(self.kept)))
         union = self.fs.union
@@ -66,7 +66,7 @@ class CheckpointMachine(UnionMachine):
 
     @rule()
     def remount(self) -> None:
-        if self.deleted:  # what was merged, of directories that no lower has, has other numbers
+        if self.deleted:  # merged directories without a lower have other numbers
             self.inos.clear()
         self.deleted = False
         super().remount()
@@ -111,7 +111,7 @@ TestCheckpoints = pytest.mark.timeout(600)(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: whiteouts, owners, trusted xattrs")
 def test_a_directory_of_the_root_that_went_below_another(tmp_path: Path) -> None:
-    """It is still the lower's in the layer that two become, though both places have the same name."""
+    """It still belongs to the lower in the merged layer, although both places have the same name."""
     tree.build(tmp_path / "lower", {"a/x": b"x", "e/f": b"f"})
     fs = Direct(str(tmp_path / "store"), [str(tmp_path / "lower")])
     fs.rename("a", "e/a")

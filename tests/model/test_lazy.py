@@ -1,4 +1,4 @@
-"""Random operations on a file that is copied up bit by bit, compared with plain bytes."""
+"""Random operations on a file that is copied up in pieces, compared with plain bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEEDS = [pytest.param(seed, marks=[] if seed < 4 else [pytest.mark.nightly]) for
 
 
 class Lazy(Direct):
-    """A union that copies up lazily whatever is not empty, and goes on with that only when it is told to."""
+    """A union that copies up all files lazily, and continues only when the test says so."""
 
     def _open(self) -> None:
         super()._open()
@@ -40,16 +40,16 @@ class Lazy(Direct):
 
     @property
     def layer(self) -> Ext3Layer:
-        """Its upper."""
+        """The upper of the union."""
         return cast(Ext3Layer, self.fs.upper)
 
     def key(self, node: Node) -> int:
-        """The inode of a node in the upper, where it is."""
+        """Return the inode of a node in the upper."""
         assert isinstance(node.upper, int)
         return node.upper
 
     def kill(self) -> None:
-        """Let the process die, and another one open the store."""
+        """Simulate a crash, and open the store again."""
         self._taken.clear()
         self.union.store.read_only = True
         self.layer.image.abandon()
@@ -69,7 +69,7 @@ def lazy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     for number in range(FILES):
         with open(tmp_path / f"lower/big{number}", "r+b") as file:
             file.write(DATA[:40_000])
-            file.seek(190_000)  # behind a hole
+            file.seek(190_000)  # after a hole
             file.write(DATA[40_000:])
     lower = tmp_path / "lower"
     if kind == "squashfs":
@@ -83,7 +83,7 @@ def lazy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class History:
-    """What is done to the file, and what it must be."""
+    """The operations on the file, and its expected content."""
 
     def __init__(self, lazy: Lazy, path: str, seed: int) -> None:
         self.fs = lazy
@@ -95,7 +95,7 @@ class History:
         self.copying: tuple[Pending, PartialFile, Iterator[int]] | None = None
 
     def place(self, most: int) -> int:
-        """An offset, often at a limit of a block or of the lower."""
+        """Return an offset, often at the edge of a block or of the lower."""
         chance = self.chance
         where = [chance.randrange(most + 1), chance.randrange(most // 4096 + 1) * 4096, most, SIZE, 40_000]
         return min(max(chance.choice(where) + chance.choice([0, 0, 1, -1]), 0), most)
@@ -144,7 +144,7 @@ class History:
         self.fs.set(self.path, mode=self.chance.choice([0o600, 0o644]))
 
     def go_on(self) -> None:
-        """Let what runs in the background do a step."""
+        """Do a step of the background work."""
         before = self.fs.fs.stat(self.fs.find(self.path)).st_mtime_ns
         pending = next(iter(self.fs.fs.pending.values()), None)
         if pending is None:
@@ -166,7 +166,7 @@ class History:
         self.fs.remount()
 
     def stop_copying(self) -> None:
-        """Let go of what the background has open."""
+        """Close what the background work has open."""
         if self.copying is not None:
             self.copying[1].close()
             self.copying = None
@@ -177,7 +177,7 @@ class History:
         self.fs.kill()
 
     def die_while_truncating(self) -> None:
-        """When the size is set, and before the store is told that this is all."""
+        """Crash after the size is set, before the store records that the file is complete."""
         if self.fs.find(self.path).partial is None or not self.model:
             return
         size = min(self.place(len(self.model)), len(self.model) - 1)
@@ -208,7 +208,7 @@ class History:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_operations(lazy: Lazy, seed: int) -> None:
-    """Whatever is done, and whenever the daemon dies, the file is what it must be."""
+    """After any operations and crashes, the file has the expected content."""
     for number in range(FILES):
         history = History(lazy, f"big{number}", seed * FILES + number)
         often = [history.open, history.write, history.write, history.write, history.go_on, history.chmod]
@@ -227,7 +227,7 @@ def test_random_operations(lazy: Lazy, seed: int) -> None:
 
 
 def test_a_metacopy_is_never_longer_than_its_data(lazy: Lazy) -> None:
-    """When its data has come up to a size that it is to have, it has that size, and no zeros behind."""
+    """When its data is complete up to its new size, it has that size, without zeros after it."""
     lazy.fs.options = dataclasses.replace(lazy.fs.options, lazy_from=1 << 40)
     lazy.set("dense", mode=0o600)
     node = lazy.find("dense")
@@ -242,7 +242,7 @@ NONSENSE = [b"", b"1", b"1:2", b"x:1:/big0", b"1:1:big0", b"1:1://", b"9" * 30 +
 
 
 def test_notes_that_make_no_sense_are_refused(lazy: Lazy) -> None:
-    """A store may say anything: EINVAL, and the mount goes on."""
+    """Any content of a store is handled: EINVAL, and the mount continues."""
     name = lazy.fs.format.partial
     for value in NONSENSE:
         lazy.write("big0", b"x")
@@ -258,7 +258,7 @@ def test_notes_that_make_no_sense_are_refused(lazy: Lazy) -> None:
 
 
 def test_a_file_of_the_second_of_two_lowers(tmp_path: Path) -> None:
-    """Its lower is found again from the root of all, after it and what is above it were renamed."""
+    """Its lower is found from the root, after it and its parents were renamed."""
     tree.build(tmp_path / "top", {"dir/other": b"other"})
     tree.build(tmp_path / "bottom", {"dir/sub/big": DATA, "hidden": b"hidden"})
     ext3.make(tmp_path / "store", size=16 << 20)

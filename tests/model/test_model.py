@@ -1,4 +1,4 @@
-"""Hypothesis tries to find operations after which the union is not what a plain tree would be.
+"""Hypothesis searches for operations after which the union differs from a plain tree.
 
 Between the operations the union is closed and opened again, and forgets what it knows of nodes; at the
 end of each example the kernel mounts the same store, and must see the same tree.
@@ -52,7 +52,7 @@ LAYER = st.dictionaries(
 def sound(
     layer: dict[str, tree.Node], below: dict[str, tree.Node] | None, *, is_below: bool = False
 ) -> dict[str, tree.Node]:
-    """Leave out what cannot be built: things below a file, links to nothing, whiteouts that hide nothing.
+    """Leave out what cannot be built: names below a file, links to nothing, whiteouts that hide nothing.
 
     (In a directory that one layer alone has, overlayfs shows a whiteout as the device that it is.)
     """
@@ -70,7 +70,7 @@ def sound(
         ):
             continue
         if node.kind == "link" and (is_below or kept.get(node.target, tree.directory()).kind != "file"):
-            continue  # below, a name may be hidden, which no link count can know
+            continue  # a name may be hidden, which link counts do not show
         kept[path] = node
     return kept
 
@@ -82,7 +82,7 @@ def _parents(path: str, node: tree.Node) -> list[str]:
 
 
 def load(model: Model, layers: list[dict[str, tree.Node]], places: list[Path]) -> None:
-    """Put what *layers* (topmost first) show together into the model."""
+    """Put the merged tree of *layers* (topmost first) into the model."""
     known: dict[tuple[int, int], Inode] = {}
     for layer, place in zip(reversed(layers), reversed(places), strict=True):
         for path in sorted(str(p.relative_to(place)) for p in place.rglob("*")):
@@ -140,7 +140,7 @@ class UnionMachine(RuleBasedStateMachine):
         self.look()
 
     def both(self, real: Callable[[], Any], model: Callable[[], Any]) -> Any:
-        """Do it on both; the same errno, or none, must come of it."""
+        """Do it on both; both must raise the same errno, or none."""
         wanted = _errno_of(model)
         got = _errno_of(real)
         assert got == wanted, f"the union gave {got}, the model {wanted}"
@@ -148,7 +148,7 @@ class UnionMachine(RuleBasedStateMachine):
         self.fs.done()
 
     def look(self) -> None:
-        """Compare all there is."""
+        """Compare the whole trees."""
         assert compare(self.model.snapshot(), self.fs.snapshot(), self.inos) == []
 
     # -- rules -------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class UnionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.handles)
     @rule(data=st.data(), content=DATA)
     def use(self, data: st.DataObject, content: bytes) -> None:
-        """Read or write through a file that was opened earlier and may have lost all its names."""
+        """Read or write through a file that was opened earlier and may have no name left."""
         handle, inode = data.draw(st.sampled_from(self.handles))
         if handle.writable:
             self.fs.fs.write(handle, content, 1)
@@ -297,7 +297,7 @@ class UnionMachine(RuleBasedStateMachine):
 
     @rule()
     def forget(self) -> None:
-        """The kernel drops its caches."""
+        """Drop the caches of the kernel."""
         self.fs.forget()
         self.look()
 
@@ -312,7 +312,7 @@ class UnionMachine(RuleBasedStateMachine):
     # -- helpers -----------------------------------------------------------------------------
 
     def inode(self, path: str) -> Inode:
-        """The model's inode; what is not there is not tried."""
+        """Return the model's inode; skip the rule if there is none."""
         try:
             return self.model.find(path)
         except OSError:
@@ -320,14 +320,14 @@ class UnionMachine(RuleBasedStateMachine):
             raise
 
     def file(self, path: str) -> Inode:
-        """The model's inode of a regular file."""
+        """Return the model's inode of a regular file."""
         inode = self.inode(path)
         assume(inode.kind == "file")
         return inode
 
     def teardown(self) -> None:
         try:
-            if self.fs is not None:  # else nothing was built
+            if self.fs is not None:  # otherwise nothing was built
                 for handle, _inode in self.handles:
                     self.fs.fs.release_handle(handle)
                 self.fs.close()
@@ -336,11 +336,11 @@ class UnionMachine(RuleBasedStateMachine):
             shutil.rmtree(self.place)
 
     def layers(self) -> list[str]:
-        """What is above the lowers, topmost first."""
+        """Return the layers above the lowers, topmost first."""
         return []
 
     def by_the_kernel(self) -> None:
-        """The kernel mounts the store and sees what the model says."""
+        """The kernel mounts the store and shows the tree of the model."""
         store = self.place / "store"
         assert upper.leftovers(str(store)) == []
         if os.geteuid() != 0:
@@ -367,7 +367,7 @@ COMPARED = ("type", "mode", "owner", "mtime", "xattrs", "size", "content", "targ
 
 
 def compare(model: Snapshot, real: Snapshot, inos: dict[int, int] | None) -> list[str]:
-    """Every difference, in words. *inos*: the number that each inode of the model has shown so far."""
+    """Return all differences. *inos* has the number that each inode has shown so far."""
     wrong = [f"{path} is missing" for path in model.keys() - real.keys()]
     wrong += [f"{path} should not be there" for path in real.keys() - model.keys()]
     for path in sorted(model.keys() & real.keys()):

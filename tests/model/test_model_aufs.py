@@ -1,4 +1,4 @@
-"""The same machine on a store of aufs, in an image; in the end another reader follows aufs's rules on it."""
+"""The same state machine on a store of aufs in an image, which an independent reader of aufs checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Seen = dict[str, tuple[object, ...]]
 
 
 class AufsMachine(UnionMachine):
-    """The store is a copy of an image that aufs has begun to write to."""
+    """The store is a copy of an image that aufs has used."""
 
     empty: Path
     slow = False
@@ -43,12 +43,12 @@ class AufsMachine(UnionMachine):
         super().build(top, bottom, two, caching, slow)
 
     def look(self) -> None:
-        self.model.root.mtime = None  # the branch has had its own
+        self.model.root.mtime = None  # the branch had its own
         super().look()
 
     @rule(old=PATHS, new=PATHS, flags=st.sampled_from([0, 0, 0, NOREPLACE, EXCHANGE]))
     def rename(self, old: str, new: str, flags: int) -> None:
-        """As in the union that it is of, but that a directory of a lower stays where it is."""
+        """Like the union it belongs to, but a directory of a lower stays in its place."""
         got = _errno_of(lambda: self.fs.rename(old, new, flags))
         if got == "EXDEV":
             nodes = [self.fs.find(path) for path in (old, *([new] if flags & EXCHANGE else []))]
@@ -66,7 +66,7 @@ class AufsMachine(UnionMachine):
         run("mount", "-o", "loop,ro", image, self.place / "store")
         try:
             layers = [self.place / "store", *map(Path, self.lowers)]
-            if not self.slow:  # hard links get their names when nobody has to wait for that
+            if not self.slow:  # hard links get their names when no request waits for it
                 told = self.model.snapshot()
                 assert seen(layers) == {path: _facts(told[path]) for path in told if path != "."}
             left = {p.name for p in (layers[0] / ".wh..wh.cowfs/work/work").iterdir()}
@@ -74,11 +74,11 @@ class AufsMachine(UnionMachine):
         finally:
             run("umount", self.place / "store")
         if self.slow:
-            Direct(str(image), self.lowers).close()  # now they get them
+            Direct(str(image), self.lowers).close()  # now they get their names
         self.there_and_back(image, "overlayfs", "aufs")
 
     def there_and_back(self, image: Path, *formats: str) -> None:
-        """Converted, the store shows the same tree. Inodes may have other numbers."""
+        """The converted store shows the same tree. Inodes may have other numbers."""
         told = self.model.snapshot()
         told["."]["mtime"] = None
         for target in formats:
@@ -92,7 +92,7 @@ class AufsMachine(UnionMachine):
 
 
 class ConvertedMachine(AufsMachine):
-    """The store is one of overlayfs, with redirects, metacopies and an index, and is converted in the end."""
+    """The store is one of overlayfs, with redirects, metacopies and an index, and is converted at the end."""
 
     def look(self) -> None:
         UnionMachine.look(self)
@@ -106,7 +106,7 @@ class ConvertedMachine(AufsMachine):
 
 
 def seen(merged: list[Path], path: str = "") -> Seen:
-    """What aufs shows of a directory of its branch, the first, and of those of overlayfs below it."""
+    """Return what aufs shows of a directory: its branch first, then lowers of overlayfs."""
     shown: Seen = {}
     names = {name for layer in merged for name in os.listdir(layer) if not name.startswith(".wh.")}
     for name in names if path else names - {"lost+found"}:
@@ -146,7 +146,7 @@ def _opened(directory: Path) -> Iterator[int]:
 
 
 def _facts(node: dict[str, Any]) -> tuple[object, ...]:
-    """What is compared; without our notes of the numbers that inodes had, which mean nothing to aufs."""
+    """Return what to compare, without our notes of inode numbers, which aufs does not know."""
     xattrs = {name: value for name, value in node["xattrs"].items() if not name.startswith("trusted.cowfs.")}
     return (xattrs, *(node.get(key) for key in ("type", "mode", "owner", "size", "content", "target")))
 

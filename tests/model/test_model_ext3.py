@@ -1,4 +1,4 @@
-"""The same machine on an image that is read and written in-process, and mounted by the kernel in the end."""
+"""The same state machine on an image that cowfs reads and writes itself; the kernel mounts it at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ImageMachine(UnionMachine):
 
 @pytest.fixture(scope="module", autouse=True)
 def empty(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """An image to copy: making one takes longer than most histories."""
+    """An image to copy, because making one takes longer than most runs."""
     ImageMachine.empty = ext3.make(tmp_path_factory.mktemp("model") / "empty", size=16 << 20)
 
 

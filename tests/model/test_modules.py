@@ -1,4 +1,4 @@
-"""Modules that come and go while all of the tree is known: what is known is what a new union would find.
+"""Add and remove modules while the kernel knows the tree: it must see what a new union would show.
 
 And what the kernel is not told to ask for again is still true.
 """
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: whiteouts
 
 
 def change(tree: Direct, rng: random.Random, count: int) -> None:
-    """Do what programs do to a tree of few names; some of it cannot be done."""
+    """Do random operations on a tree of few names; ignore those that fail."""
 
     def somewhere() -> str:
         return "/".join(rng.choice(FEW) for _ in range(rng.randrange(1, 4)))
@@ -71,7 +71,7 @@ def remove(tree: Direct, path: str) -> None:
 
 
 def seen(tree: Direct) -> Snapshot:
-    """What is seen, but numbers of inodes, which copies of modules change, and times of directories."""
+    """Return the tree without inode numbers, which copies of modules change, and times of directories."""
     found = tree.snapshot()
     for facts in found.values():
         facts.pop("ino", None)
@@ -86,7 +86,7 @@ Facts = dict[int, tuple[Any, ...]]
 
 
 def known(fs: OverlayFs, tree: Direct) -> tuple[Known, Facts]:
-    """Return what the kernel may know: names, present and missing, and attributes."""
+    """Return what the kernel may have cached: names, missing names, and attributes."""
     names: Known = {}
     for node in fs.nodes.all():
         if node.is_dir and not node.dead:
@@ -103,7 +103,7 @@ def facts_of(fs: OverlayFs, node: Any) -> tuple[Any, ...]:
 
 
 def must_be_true(fs: OverlayFs, names: Known, facts: Facts, stale: Stale) -> None:
-    """What is not stale has not changed."""
+    """Fail if something that was not invalidated has changed."""
     for ino, name in stale:
         if name is None:
             facts.pop(ino, None)

@@ -1,4 +1,4 @@
-"""`cowfs rebase` against three trees in memory: random changes in the store, and in the new root.
+"""Compare `cowfs rebase` with three trees in memory: random changes in the store and in the new root.
 
 What the model says of each path is written down here a second time, without overlays: trees of names.
 """
@@ -84,7 +84,7 @@ class Plain:
 
 
 def change(fs: Any, chance: random.Random, steps: int, *, moves: bool, links: bool) -> None:
-    """Do this to a tree; what cannot be done is not."""
+    """Do this operation on a tree; ignore it if it fails."""
     for _ in range(steps):
         directory = chance.choice(DIRECTORIES)
         path = f"{directory}/{chance.choice(NAMES)}".strip("/")
@@ -115,7 +115,7 @@ def change(fs: Any, chance: random.Random, steps: int, *, moves: bool, links: bo
 
 
 def remove(fs: Any, path: str) -> None:
-    """rm -r, in whole or in part; and sometimes a directory comes back."""
+    """Remove all or part of a tree; sometimes create the directory again."""
     try:
         names = fs.listdir(path)
     except OSError:
@@ -154,7 +154,7 @@ Nested = dict[str, Any]
 
 
 def nested(flat: dict[str, Any]) -> Nested:
-    """``{"": facts, name: nested, ...}`` of a directory; facts of what is none."""
+    """Return ``{"": facts, name: nested, ...}`` of a directory, or the facts of another file."""
     top: Nested = {"": flat["."]}
     for path, facts in sorted(flat.items()):
         if path == ".":
@@ -176,7 +176,7 @@ def kids(node: Nested | None) -> Nested:
 
 
 def merged(old: Nested | None, changed: Nested | None, new: Nested | None) -> Nested | None:
-    """What is to be at a path."""
+    """Return what must be at a path."""
     if changed is None:
         return new if old is None else None
     if not is_dir(changed):
@@ -249,7 +249,7 @@ def test_as_the_model(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_was_written_is_there(tmp_path: Path, seed: int) -> None:
-    """Whatever was renamed and linked, and whatever became of it: content that only the store had is kept."""
+    """After any renames and links, content that only the store had is kept."""
     old, store, new, before = prepare(tmp_path, seed, moves=True, links=True)
     known = {one.get("content") for one in tree.snapshot(old).values()}
     done = run(store, old, new)
@@ -290,7 +290,7 @@ def test_layers_of_deleted_checkpoints_come_along(tmp_path: Path, seed: int) -> 
 
 
 def test_without_room_nothing_changes(tmp_path: Path) -> None:
-    """A directory that the new root has no more is to be copied: there is no room for it in the image."""
+    """A directory that the new root lacks must be copied, but the image has no space for it."""
     old, new, store = tmp_path / "old", tmp_path / "new", tmp_path / "store.bs"
     tree.build(old, {"gone/big": os.urandom(12 << 20), "a": b"a"})
     tree.build(new, {"a": b"a"})
@@ -307,7 +307,7 @@ def test_without_room_nothing_changes(tmp_path: Path) -> None:
 
 
 def seen_twice(snapshot: tree.Snapshot) -> Any:
-    """Yield paths of one number that are not of one inode."""
+    """Yield paths with the same number that are not the same inode."""
     by_number: dict[int, dict[str, Any]] = {}
     for path, facts in snapshot.items():
         first = by_number.setdefault(facts["ino"], facts)
@@ -323,7 +323,7 @@ def diff(store: Path, lower: Path, since: str | None = None) -> list[str]:
 def test_what_fails_after_the_exchange_is_told_as_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store belongs to the new root by then: to say that nothing was changed would be a lie."""
+    """The store belongs to the new root by then, so an error must not say that nothing was changed."""
     old, store, new, _ = prepare(tmp_path, 7, moves=True, links=True)
 
     def fail(*_: object) -> None:
@@ -347,7 +347,7 @@ def go_back(fs: Direct, name: str) -> None:
 
 
 def states(store: Path, lower: Path, place: Path) -> dict[str, tree.Snapshot]:
-    """Return what a store shows now, as "", and at each checkpoint, by going back to it in a copy."""
+    """Return what a store shows now, as "", and at each checkpoint, by rolling back a copy."""
     found = {"": seen(store, lower)}
     for one in checkpoints(str(store)):
         copy = place / f"copy-{one.name}{store.suffix}"
@@ -360,7 +360,7 @@ def states(store: Path, lower: Path, place: Path) -> dict[str, tree.Snapshot]:
 
 
 def with_checkpoints(place: Path, seed: int, *, moves: bool, links: bool) -> tuple[Path, Path, random.Random]:
-    """Make a root and a store on it: with two checkpoints below each other, one beside, and deleted ones."""
+    """Make a root and a store with two nested checkpoints, one beside them, and deleted ones."""
     chance = random.Random(seed)
     old = built(place / "old", chance, links=links)
     store = place / ("store.bs" if seed % 2 else "store")
@@ -400,7 +400,7 @@ def test_checkpoints_onto_the_same_root(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, *AT_NIGHT])
 def test_checkpoints_as_the_model(tmp_path: Path, seed: int) -> None:
-    """Each is carried on top of what was made of the one below it."""
+    """Each checkpoint is rebased on the result of the one below it."""
     chance = random.Random(seed)
     old, new = built(tmp_path / "old", chance, links=False), tmp_path / "new"
     shutil.copytree(old, new, symlinks=True)
@@ -422,7 +422,7 @@ def test_checkpoints_as_the_model(tmp_path: Path, seed: int) -> None:
 
 
 def test_what_came_back_into_a_new_directory(tmp_path: Path) -> None:
-    """Its redirect leads to where it is, but no lower shows there: the directory around it is another one."""
+    """Its redirect leads to its place, but no lower shows there, because the parent is another directory."""
     old, new, store = tmp_path / "old", tmp_path / "new", tmp_path / "store"
     tree.build(old, {"usr/bin/one": b"1", "usr/bin/two": b"2", "usr/file": b"f", "usr/lib": b"l"})
     shutil.copytree(old, new)

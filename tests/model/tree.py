@@ -1,4 +1,4 @@
-"""A filesystem in memory, as simple as it can be: what the union must look like.
+"""A filesystem in memory, as simple as possible: what the union must look like.
 
 It knows nothing of layers. The order of its checks is that of the kernel's VFS.
 """
@@ -20,7 +20,7 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class Inode:
-    """One inode. *mtime* is None once nobody can know it exactly."""
+    """An inode. *mtime* is None if its value cannot be predicted."""
 
     kind: str
     mode: int = 0o644
@@ -34,7 +34,7 @@ class Inode:
 
 
 def fail(code: int) -> OSError:
-    """The error that the system call gives."""
+    """Return the error of the system call."""
     return OSError(code, os.strerror(code))
 
 
@@ -47,7 +47,7 @@ class Model:
     # -- finding -----------------------------------------------------------------------------
 
     def find(self, path: str) -> Inode:
-        """The inode at *path*."""
+        """Return the inode at *path*."""
         inode = self.root
         for name in filter(None, path.split("/")):
             if inode.kind != "dir":
@@ -58,7 +58,7 @@ class Model:
         return inode
 
     def place(self, path: str) -> tuple[Inode, str]:
-        """The parent and the last name."""
+        """Return the parent and the last name."""
         parent, _, name = path.rpartition("/")
         inode = self.find(parent)
         if inode.kind != "dir":
@@ -66,7 +66,7 @@ class Model:
         return inode, name
 
     def walk(self) -> Iterator[tuple[str, Inode]]:
-        """Every path with its inode, the root being ``.``."""
+        """Yield every path with its inode; the root is ``.``."""
 
         def below(path: str, inode: Inode) -> Iterator[tuple[str, Inode]]:
             yield path or ".", inode
@@ -76,13 +76,13 @@ class Model:
         return below("", self.root)
 
     def nlink(self, inode: Inode) -> int:
-        """How many names a non-directory has."""
+        """Return the number of names of a non-directory."""
         return sum(other is inode for _path, other in self.walk())
 
     # -- operations --------------------------------------------------------------------------
 
     def add(self, path: str, inode: Inode) -> None:
-        """Give *inode* the name *path*, which must be free."""
+        """Add the name *path*, which must be free, to *inode*."""
         parent, name = self.place(path)
         if name in parent.names:
             raise fail(errno.EEXIST)
@@ -123,7 +123,7 @@ class Model:
         parent.mtime = None
 
     def rename(self, old: str, new: str, flags: int = 0) -> None:
-        """renameat2(2), its checks in the order of do_renameat2 and vfs_rename."""
+        """renameat2(2), with checks in the order of do_renameat2 and vfs_rename."""
         parent, name = self.place(old)
         new_parent, new_name = self.place(new)
         if name not in parent.names:
@@ -164,7 +164,7 @@ class Model:
 
     @staticmethod
     def write(inode: Inode, data: bytes, offset: int) -> None:
-        """pwrite(2); writing nothing does nothing."""
+        """pwrite(2). Writing no data has no effect."""
         if not data:
             return
         before = inode.data[:offset].ljust(offset, b"\0")
@@ -180,7 +180,7 @@ class Model:
     # -- looking -----------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """The tree, in the form of :func:`tests.support.tree.snapshot`."""
+        """Return the tree in the form of :func:`tests.support.tree.snapshot`."""
         result: Snapshot = {}
         for path, inode in self.walk():
             facts: dict[str, object] = {
