@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def target_parts(results: Results, show: Callable[[list[list[str]]], str]) -> li
 
 def document(path: Path, results: Results) -> None:
     """Rewrite the section of the targets in docs/benchmarks.md, from a run and its charts."""
-    parts = [machine_line(results), *target_parts(results, markdown)]
+    parts = [textwrap.fill(machine_line(results), 120), *target_parts(results, markdown)]
     if path.resolve().parent == FOLDER:
         parts.insert(1, f"The raw figures: [{path.name}](../perf/results/{path.name}).")
     charts = PLOTS.glob(f"{path.stem}-targets.svg")
