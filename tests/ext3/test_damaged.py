@@ -1,4 +1,4 @@
-"""Thousands of damaged images: refused, or served with errors; never a crash, a hang, or harm done at open.
+"""Thousands of damaged images are refused or served with errors, without crash, hang, or damage at open.
 
 Each batch is a process of its own with a bound on its memory, so that a crash is a failure of this test
 and not the end of the run.
@@ -31,7 +31,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def batch(originals: list[Path], start: int, count: int, timeout: float, *options: str) -> tuple[int, int]:
-    """Exercise damaged images; returns (how many, how many were refused when opened)."""
+    """Exercise damaged images; return their number, and how many were refused."""
     command = [sys.executable, "-m", "tests.ext3.exercise", "--start", str(start), "--count", str(count)]
     done = subprocess.run(
         [*command, *options, *originals], cwd=project_root(), capture_output=True, text=True, timeout=timeout
@@ -57,7 +57,7 @@ def test_damaged_images(originals: list[Path], start: int) -> None:
 
 @pytest.fixture(scope="session")
 def left(originals: list[Path]) -> list[Path]:
-    """The same, in use until the process died: there is something in the journal and in the redo log."""
+    """An image that was in use until the process died, with data in the journal and the redo log."""
     made = []
     for path in (originals[0], originals[2]):
         image = path.with_name(f"{path.name}-left")
@@ -80,7 +80,7 @@ def test_damaged_images_that_must_be_recovered(left: list[Path], start: int) -> 
 
 
 LOST_A_BLOCK_OF_THE_LOG = 1_018_779
-"""So that the list of orphans, which the redo log has changed since, has an inode that nobody uses."""
+"""Makes the list of orphans, which the redo log has changed since, contain an unused inode."""
 
 
 def test_an_orphan_that_is_none_is_found_at_last(left: list[Path]) -> None:
@@ -101,11 +101,11 @@ DAMAGE: dict[str, Callable[[Image], tuple[int, int]]] = {
     "a log that begins at its end": lambda image: (journal(image) + 20, 0x00040000),
     "a log longer than the journal": lambda image: (journal(image) + 16, 0x7F000000),
 }
-"""What has done harm, or might: where which number is put, big-endian in the journal as all is there."""
+"""Damage that did harm, or might: offsets and numbers, big-endian in the journal."""
 
 
 def journal(image: Image) -> int:
-    """Where the journal's superblock is."""
+    """Return the offset of the journal's superblock."""
     return next(image.mapping(image.inode(JOURNAL)))[1] * image.block_size
 
 

@@ -1,4 +1,4 @@
-"""Large files without a name are freed bit by bit by the thread that commits; here by what it calls."""
+"""The committing thread frees large unlinked files in steps; the tests call what it calls."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BLOCKS = 1500
 
 
 def attend(opened: Engine) -> None:
-    """Do what the thread does, once."""
+    """Do one step of the thread."""
     lib.x3_wait(opened.image.handle, 0)
 
 
 def fragmented(opened: Engine, *names: bytes) -> list[Key]:
-    """Files whose blocks alternate: to free one takes several operations."""
+    """Create files with alternating blocks, which take several operations to free."""
     made = [opened.layer.create(opened.layer.root, name, 0o644, 0, 0) for name in names]
     for number in range(BLOCKS):
         for _, file in made:
@@ -48,7 +48,7 @@ def free(opened: Engine) -> tuple[int, int]:
 
 @pytest.mark.parametrize("how", ["unlink", "rename", "release"])
 def test_freed_in_steps(place: Path, how: str) -> None:
-    """It counts as free at once."""
+    """Its blocks count as free at once."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         layer, root = opened.layer, opened.layer.root
@@ -82,7 +82,7 @@ def test_freed_in_steps(place: Path, how: str) -> None:
 
 
 def test_nobody_attends(place: Path) -> None:
-    """Then it is done at once."""
+    """It is then freed at once."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         large, _ = fragmented(opened, b"large", b"other")
@@ -92,7 +92,7 @@ def test_nobody_attends(place: Path) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_a_crash_meanwhile(place: Path, steps: int) -> None:
-    """Whoever recovers the image frees the rest."""
+    """The next recovery frees the rest."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         fragmented(opened, b"large", b"other")
@@ -112,7 +112,7 @@ def test_a_crash_meanwhile(place: Path, steps: int) -> None:
 
 
 def test_room_for_others(place: Path) -> None:
-    """An operation that finds no room frees what it needs."""
+    """An operation without space frees what it needs."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         layer, root = opened.layer, opened.layer.root
@@ -162,7 +162,7 @@ def test_nothing_is_left_for_who_has_the_image_meanwhile(place: Path) -> None:
 
 
 def test_several_are_truncated_at_once(place: Path) -> None:
-    """Nobody waits for the truncation of another file."""
+    """Operations do not wait for the truncation of another file."""
     path = images.make(place / "image", SMALL)
     names = [b"one", b"two", b"three"]
     with engine.opened(path) as opened:

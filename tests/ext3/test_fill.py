@@ -1,4 +1,4 @@
-"""Holes are filled, and nothing else is touched; what is half copied is right after a power cut too."""
+"""Filling holes changes nothing else, and a power cut leaves a correct partial copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = 200_001
 
 
 def holes(opened: Engine, size: int = SIZE) -> Key:
-    """A file that is nothing but a hole."""
+    """A file that is one hole."""
     key = engine.make_file(opened.layer, b"file")
     opened.layer.truncate(key, size)
     return key
@@ -30,7 +30,7 @@ def holes(opened: Engine, size: int = SIZE) -> Key:
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 def test_only_holes_are_filled(place: Path, shape: Shape) -> None:
-    """What is written stays, the size and the times too, and what is not given of a block is zero."""
+    """Written data, size and times stay, and the rest of a partly filled block is zero."""
     path = images.make(place / "image", shape)
     with engine.opened(path) as opened:
         key, unit = holes(opened), opened.layer.fill_unit
@@ -58,7 +58,7 @@ def test_only_holes_are_filled(place: Path, shape: Shape) -> None:
 
 
 def test_without_room_a_hole_stays_a_hole(place: Path) -> None:
-    """ENOSPC, and what was filled is whole blocks."""
+    """ENOSPC, after whole blocks were filled."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         key = holes(opened, 1 << 30)
@@ -80,7 +80,7 @@ def test_without_room_a_hole_stays_a_hole(place: Path) -> None:
     ids=str,
 )
 def test_power_cuts_while_a_file_is_copied_up(place: Path, shape: Shape, seed: int) -> None:
-    """What was synced is there; all else is as it was, or as it was written; no hole is taken for zeros."""
+    """Synced data exists; the rest is old or as written; no hole is read as zeros."""
     chance = random.Random(seed)
     states = [chance.randbytes(SIZE)]
     (place / "lower").write_bytes(states[0])
@@ -128,14 +128,14 @@ def test_power_cuts_while_a_file_is_copied_up(place: Path, shape: Shape, seed: i
 
 
 def partial(opened: Engine, key: Key, lower: Path) -> PartialFile:
-    """The file with its lower."""
+    """Create the file with its lower."""
     part = Part(SIZE, opened.layer.fill_unit)
     source = KernelFile(os.open(lower, os.O_RDONLY))
     return PartialFile(part, opened.layer.open(key, os.O_RDWR), source)
 
 
 def judge(path: Path, lower: Path, states: list[bytes]) -> None:
-    """Each byte after a recovery is one of those that it had."""
+    """After recovery, each byte is one of those it had."""
     assert recovery.by_engine(path, recovery.OTHER_BOOT) is None
     assert images.unclean(path) is None
     with engine.opened(path) as opened:

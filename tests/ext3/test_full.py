@@ -1,4 +1,4 @@
-"""Full disks and failing ones: what fails has not happened, and what was acknowledged is there."""
+"""Full and failing disks: failed operations have no effect, acknowledged ones remain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.listing import find, names_of
 
 
 def frozen(opened: Engine, path: Path) -> Path:
-    """What is there if the machine stops now, recovered; the engine goes on."""
+    """Copy the image as if the machine stopped now, and recover the copy."""
     copy = path.with_name("copy")
     shutil.copyfile(path, copy)
     wrong = images.recover(copy)
@@ -31,7 +31,7 @@ def frozen(opened: Engine, path: Path) -> Path:
 
 
 def write(layer: UpperLayer, name: bytes, size: int) -> int:
-    """Add a file of zeros, up to where the disk is full; how large it became."""
+    """Add a file of zeros until the disk is full; return its size."""
     key, file = layer.create(layer.root, name, 0o600, 0, 0)
     try:
         for offset in range(0, size, 1 << 16):
@@ -44,7 +44,7 @@ def write(layer: UpperLayer, name: bytes, size: int) -> int:
 
 
 def fill(path: Path, leave: int) -> None:
-    """Leave so many blocks of the image free."""
+    """Leave this number of blocks free in the image."""
     with engine.opened(path) as opened:
         facts = opened.layer.statfs()
         size = (facts.bfree - leave) * facts.bsize
@@ -53,7 +53,7 @@ def fill(path: Path, leave: int) -> None:
 
 @pytest.mark.parametrize(("shape", "leave"), [(MODERN, 60), (SMALL, 200), (OLD, 100)], ids=str)
 def test_a_load_on_a_disk_that_is_nearly_full(place: Path, shape: Shape, leave: int) -> None:
-    """Whatever an operation wanted to do, ENOSPC means that it did nothing (a write: not all)."""
+    """After ENOSPC an operation has done nothing; a write has not done everything."""
     path = images.make(place / "image", shape)
     fill(path, leave)
     with engine.opened(path) as opened:
@@ -111,7 +111,7 @@ def test_removing_makes_room_at_once(place: Path, shape: Shape) -> None:
 
 
 def test_names_on_a_full_disk(place: Path) -> None:
-    """A directory that cannot grow keeps its names and gets no half ones; so do symlinks and xattrs."""
+    """If a directory cannot grow, names, symlinks and xattrs are added completely or not at all."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         layer = opened.layer
@@ -176,7 +176,7 @@ def test_inodes_run_out(place: Path) -> None:
 
 
 def test_an_xattr_that_does_not_fit(place: Path) -> None:
-    """What is there stays, also when a longer value of the same name is refused."""
+    """Existing values stay, even if a longer value is refused."""
     path = images.make(place / "image", MODERN)
     with engine.opened(path) as opened:
         layer = opened.layer
@@ -196,7 +196,7 @@ def test_an_xattr_that_does_not_fit(place: Path) -> None:
 
 
 def must_be_read_only(opened: Engine) -> None:
-    """Every change is EROFS; reading goes on."""
+    """Every change fails with EROFS; reads work."""
     layer = opened.layer
     root = layer.root
     for call in (
@@ -223,7 +223,7 @@ def must_be_read_only(opened: Engine) -> None:
 
 
 def goes_on_when_told(opened: Engine, kind: int) -> None:
-    """What fdatasync refuses is kept: changes are refused as well, until it has succeeded."""
+    """Data that fdatasync fails to write is kept, and changes fail until fdatasync succeeds."""
     if not opened.image.facts().stalled:
         return
     assert kind == FDATASYNC
@@ -236,7 +236,7 @@ def goes_on_when_told(opened: Engine, kind: int) -> None:
 
 
 def with_failure(path: Path, kind: int, nth: int, error: int, sticky: bool) -> tuple[bool, str | None]:
-    """Run a load in which a call fails; returns (did it?, what is wrong)."""
+    """Run a load with a failing call; return (whether it failed, errors)."""
     base = Image(path.read_bytes())
     promises = Promises(begun=1 << 30)
 
@@ -280,7 +280,7 @@ def with_failure(path: Path, kind: int, nth: int, error: int, sticky: bool) -> t
                 opened.inject(kind, 0, 0)
                 must_be_read_only(opened)
                 opened.image.abandon()
-                if last[0] == load.model.operation:  # it has failed after its data was written
+                if last[0] == load.model.operation:  # it failed after its data was written
                     perhaps_written(load.model.states, *last[1])
                 break
         else:
@@ -311,7 +311,7 @@ def test_the_nth_call_fails(place: Path, kind: int, error: int, stride: int) -> 
         failed, wrong = with_failure(path, kind, nth, error, sticky=bool(nth % 2))
         assert wrong is None, f"call {nth}: {wrong}"
         calm = 0 if failed else calm + 1
-        if calm == 3:  # the load makes no more such calls
+        if calm == 3:  # the load makes no more of these calls
             assert nth > 5
             return
     pytest.fail("it never ended")

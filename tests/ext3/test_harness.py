@@ -1,4 +1,4 @@
-"""Test the tools of these tests against the kernel first: the load, the model and the reader."""
+"""Test the tools of these tests with the kernel: the load, the model and the reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thread in a hurry does not wait for the disk: operations that need a commit fail with EAGAIN."""
+"""A thread in haste does not wait for the disk: operations that need a commit fail with EAGAIN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def facts(layer: Ext3Layer) -> Any:
-    """All that the engine tells of itself."""
+    """Return all facts of the engine."""
     out = ffi.new("struct x3_facts *")
     lib.x3_facts(layer.image.handle, out)
     return out
@@ -37,13 +37,13 @@ def hurried(layer: Ext3Layer) -> Iterator[None]:
 
 
 def relieve(layer: Ext3Layer, for_room: bool) -> None:
-    """As another thread, which is in no hurry."""
+    """Run a call in another thread, which is not in haste."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(layer.relieve, for_room).result(timeout=20)
 
 
 def fill(layer: Ext3Layer, name: bytes = b"large") -> int:
-    """Make a file of all that there is room for; return how many bytes."""
+    """Fill the image with a file; return its size."""
     _, file = layer.create(layer.root, name, 0o600, 0, 0)
     size = 0
     for piece in (MIB, 4096):
@@ -57,7 +57,7 @@ def fill(layer: Ext3Layer, name: bytes = b"large") -> int:
 
 
 def freed(layer: Ext3Layer) -> None:
-    """All is freed, and can be used after the next commit only."""
+    """All blocks are freed, but can be used only after the next commit."""
     fill(layer)
     layer.sync()
     found = layer.lookup(layer.root, b"large")
@@ -91,7 +91,7 @@ def test_who_is_in_no_hurry_waits(tmp_path: Path) -> None:
 
 
 def test_what_is_full_is_full(tmp_path: Path) -> None:
-    """Nothing is held back: a commit would not help, and is not asked for."""
+    """No blocks are reserved: a commit would not help, and is not requested."""
     with opened(make(tmp_path / "image"), commit_seconds=0) as layer:
         fill(layer)
         relieve(layer, for_room=True)
@@ -103,7 +103,7 @@ def test_what_is_full_is_full(tmp_path: Path) -> None:
 
 
 def test_large_writes_leave_small_ones_some_room(tmp_path: Path) -> None:
-    """Who writes much waits for the commit; who writes little finds room at once."""
+    """A large write waits for the commit; a small one finds space at once."""
     with opened(make(tmp_path / "image"), commit_seconds=0) as layer:
         _, file = layer.create(layer.root, b"half", 0o600, 0, 0)
         for place in range(20):
@@ -121,7 +121,7 @@ def test_large_writes_leave_small_ones_some_room(tmp_path: Path) -> None:
 
 
 def test_commits_are_asked_for_before_anybody_has_to_wait(tmp_path: Path) -> None:
-    """Once more blocks are held back than can be used."""
+    """This happens when more blocks are reserved than usable."""
     with opened(make(tmp_path / "image"), commit_seconds=3600) as layer:
         _, file = layer.create(layer.root, b"most", 0o600, 0, 0)
         for place in range(36):
@@ -134,7 +134,7 @@ def test_commits_are_asked_for_before_anybody_has_to_wait(tmp_path: Path) -> Non
 
 
 def test_much_that_is_not_on_disk_is_told(tmp_path: Path) -> None:
-    """Before the transaction is as large as it may be, and somebody has to wait within it."""
+    """Before the transaction reaches its limit, so that no operation must wait inside it."""
     with opened(make(tmp_path / "image"), commit_seconds=0) as layer, hurried(layer):
         commits = facts(layer).commits
         for number in range(5000):

@@ -1,4 +1,4 @@
-"""The engine and the kernel take turns with an image: each sees exactly what the other made."""
+"""The engine and the kernel use an image in turn: each sees exactly what the other wrote."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in E
 
 @contextmanager
 def by_kernel(path: Path) -> Iterator[UpperLayer]:
-    """The image as a directory, mounted by the kernel."""
+    """Mount the image with the kernel; yield it as a layer."""
     with images.kernel_mounted(path, path.with_name("mnt")) as top:
         layer = open_directory(str(top))
         try:
@@ -44,13 +44,13 @@ def by_kernel(path: Path) -> Iterator[UpperLayer]:
 
 @contextmanager
 def by_engine(path: Path) -> Iterator[UpperLayer]:
-    """The image in this process."""
+    """Open the image in this process."""
     with engine.opened(path) as opened:
         yield opened.layer
 
 
 def agreed(path: Path) -> None:
-    """The image is sound, and both show of it what the bytes say."""
+    """Fail unless the image is sound, and both show what its bytes say."""
     assert images.unclean(path) is None
     for side in (by_kernel, by_engine):
         before = Image(path.read_bytes())
@@ -81,7 +81,7 @@ def test_taking_turns(place: Path, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 def test_an_index_of_the_kernel_stays_one(place: Path, shape: Shape) -> None:
-    """A large directory that the kernel has indexed: names come and go, and the kernel finds each."""
+    """In a large directory with the kernel's index, names change, and the kernel finds each."""
     path = images.make(place / "image", shape)
     chance = random.Random(3)
     names = [b"%d-%s" % (number, b"x" * chance.randrange(60)) for number in range(1000)]
@@ -123,14 +123,14 @@ def test_an_index_of_the_kernel_stays_one(place: Path, shape: Shape) -> None:
 
 
 def indexed(path: Path, name: bytes) -> bool:
-    """Has the directory of this name, in the root, an index?"""
+    """Return whether the directory with this name in the root has an index."""
     image = Image(path.read_bytes())
     return bool(image.inode(image.names(image.inode(ROOT))[name]).flags & 0x1000)
 
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 def test_a_large_directory_of_the_engine(place: Path, shape: Shape) -> None:
-    """The kernel finds every name in it, and goes on with it."""
+    """Fail unless the kernel finds every name, and can change the directory."""
     path = images.make(place / "image", shape)
     names = [b"%d%s" % (number, b"n" * (number % 40)) for number in range(1500)]
     with by_engine(path) as layer:
@@ -153,7 +153,7 @@ def test_a_large_directory_of_the_engine(place: Path, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 def test_xattr_blocks_that_inodes_share(place: Path, shape: Shape) -> None:
-    """The kernel lets equal attributes share a block; changing those of one must leave the others theirs."""
+    """The kernel shares a block of equal attributes; changing one inode's must not change the others'."""
     path = images.make(place / "image", shape)
     value, names = b"v" * 700, [b"%d" % number for number in range(12)]
     with by_kernel(path) as layer:
@@ -202,7 +202,7 @@ def test_acls_in_both_directions(place: Path, shape: Shape) -> None:
 
 
 def seen(layer: UpperLayer, name: bytes) -> tuple[int, dict[bytes, bytes]]:
-    """Mode and attributes."""
+    """Return mode and attributes."""
     key = find(layer, name)
     attr = layer.stat(key)
     return attr.st_mode, {xattr: layer.getxattr(key, xattr) for xattr in layer.listxattr(key)}
@@ -212,7 +212,7 @@ DEVICES = [(0, 0), (1, 3), (8, 17), (255, 255), (256, 1), (1, 256), (4095, 1_048
 
 
 def test_devices_times_and_owners(place: Path) -> None:
-    """Of all sizes that the format has room for."""
+    """Attributes of all sizes that fit into the format."""
     path = images.make(place / "image", MODERN)
     times = [
         0,
@@ -249,7 +249,7 @@ def test_devices_times_and_owners(place: Path) -> None:
 
 @pytest.mark.parametrize("shape", [MODERN, OLD], ids=str)
 def test_times_have_bounds(place: Path, shape: Shape) -> None:
-    """Those before 1901, and after 2038 or 2446, become the ones next to them that an inode can have."""
+    """Times before 1901, and after 2038 or 2446, become the nearest times that an inode can store."""
     path = images.make(place / "image", shape)
     bounds = [
         -1 << 40,
@@ -282,7 +282,7 @@ def test_times_have_bounds(place: Path, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 def test_files_of_every_depth(place: Path, shape: Shape) -> None:
-    """Direct to triple indirect blocks, beyond 2 GiB, and up to where the format ends."""
+    """Direct to triple indirect blocks, beyond 2 GiB, and up to the limits of the format."""
     path = images.make(place / "image", shape)
     width = shape.block_size // 4
     last = 12 + width + width**2 + width**3 - 1
@@ -322,7 +322,7 @@ def test_files_of_every_depth(place: Path, shape: Shape) -> None:
 
 @pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.nightly)])
 def test_very_many_names(place: Path, count: int) -> None:
-    """Made by one, half removed by the other, and found by both."""
+    """One creates names, the other removes half, and both find the rest."""
     path = images.make(place / "image", Shape(4096, 256, mib=64, journal=4, inodes=1024))
     with by_engine(path) as layer:
         directory = layer.mkdir(layer.root, b"large", 0o755, 0, 0)
@@ -349,7 +349,7 @@ def test_very_many_names(place: Path, count: int) -> None:
 
 
 def test_as_many_links_as_the_format_has(place: Path) -> None:
-    """EMLINK at 65000 names of a file, as from the kernel's ext4 driver; ext3's own ended at 32000."""
+    """EMLINK at 65000 names of a file, like the kernel's ext4 driver; the ext3 driver's limit was 32000."""
     path = images.make(place / "image", Shape(4096, 256, mib=24, journal=4, inodes=1024))
     with by_engine(path) as layer:
         key = make_file(layer, b"file")
@@ -378,7 +378,7 @@ def test_as_many_links_as_the_format_has(place: Path) -> None:
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL], ids=str)
 def test_what_the_kernel_left_in_its_log(place: Path, shape: Shape) -> None:
-    """An image that the kernel had mounted when the power went: its journal is ours to replay."""
+    """The engine replays the journal of an image that the kernel had mounted at a power cut."""
     path, copy = images.make(place / "image", shape), place / "copy"
     with by_kernel(path) as layer:
         _key, file = layer.create(layer.root, b"file", 0o600, 0, 0)
@@ -397,7 +397,7 @@ def test_what_the_kernel_left_in_its_log(place: Path, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL], ids=str)
 def test_the_kernel_recovers_what_the_engine_left(place: Path, shape: Shape) -> None:
-    """Abandoned in the midst, with files in use that have no name: the kernel replays and clears them."""
+    """The kernel recovers an abandoned image, and frees files in use without names."""
     path = images.make(place / "image", shape)
     base = Image(path.read_bytes())
     with engine.opened(path) as opened:

@@ -1,4 +1,4 @@
-"""SIGKILL in the midst of work: whatever had been acknowledged is there, synced or not."""
+"""After SIGKILL during work, everything acknowledged exists, synced or not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.mounts import project_root
 
 
 def kill_one(place: Path, shape: Shape, seed: int) -> str | None:
-    """Kill a load somewhere; return what is wrong with its image afterwards."""
+    """Kill a load at a random point; return the errors of its image afterwards."""
     chance = random.Random(seed)
     path = images.make(place / f"image{seed}", shape)
     account = Account(Model(Image(path.read_bytes())).states)
@@ -43,7 +43,7 @@ def kill_one(place: Path, shape: Shape, seed: int) -> str | None:
     last = account.states[-1].facts
 
     def going_on(tree: dict[int, Facts]) -> bool:
-        """The operation that it was killed in was committed before its end could be told."""
+        """The last operation was committed before the load could report its end."""
         changed = [ino for ino in tree.keys() | last.keys() if tree.get(ino) != last.get(ino)]
         return account.promises.begun == len(account.states) and len(changed) <= 6
 
@@ -56,7 +56,7 @@ def kill_one(place: Path, shape: Shape, seed: int) -> str | None:
 
 
 def kill(place: Path, seeds: range) -> list[str]:
-    """Several, two at a time."""
+    """Kill several loads, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda seed: kill_one(place, (MODERN, SMALL)[seed % 2], seed), seeds)
         return [wrong for wrong in found if wrong]

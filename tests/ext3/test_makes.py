@@ -1,4 +1,4 @@
-"""Each make of ext3 is written to as it wants it: e2fsck and the kernel agree after every operation."""
+"""Changes suit each make of ext3: e2fsck and the kernel agree after every operation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = [
     for number in range(1500)
     for name in (b"\xe9\xff%d-\x80", b"n\xc3\xa4me-%d-" + b"\xe4\xb8\xad" * (number % 20))
 ]
-"""UTF-8 and Latin-1, beyond ASCII; an index of two levels with the smallest blocks, one with the largest."""
+"""UTF-8 and Latin-1 names; the index has two levels with the smallest blocks, one with the largest."""
 
 
 def small_attribute(layer: UpperLayer) -> None:
@@ -105,7 +105,7 @@ def test_e2fsck_agrees_after_every_operation(place: Path, make: Make) -> None:
 
 @each_make
 def test_a_load_on_it(place: Path, make: Make) -> None:
-    """Of everything, with what the model and the bytes say; and the kernel's reading, where it can."""
+    """Do every operation; compare with the model, the bytes, and the kernel if it can mount the image."""
     path = make.make(place / "image")
     tolerated = frozenset({errno.ENOSPC, errno.EFBIG})
     with engine.opened(path) as opened:
@@ -126,7 +126,7 @@ for_kernel = {name: make for name, make in MAKES.items() if make.for_kernel}
 @needs_root
 @pytest.mark.parametrize("make", for_kernel.values(), ids=for_kernel)
 def test_the_kernel_and_the_engine_find_each_others_names(place: Path, make: Make) -> None:
-    """Indexed directories with names beyond ASCII, of both, gone on with by the other."""
+    """Engine and kernel change each other's indexed directories with non-ASCII names."""
     path = make.make(place / "image")
     for turn, side in enumerate((by_engine, by_kernel)):
         with side(path) as layer:
@@ -167,7 +167,7 @@ def test_what_a_crash_leaves_is_recovered(place: Path, make: Make) -> None:
         load.run(20, commit_every=1000, sync_every=1000)
         opened.image.abandon()
     copy = shutil.copyfile(path, place / "copy")
-    with engine.opened(copy):  # which recovers it itself
+    with engine.opened(copy):  # recovers the image
         pass
     assert images.unclean(copy) is None
     assert images.recover(path) is None
@@ -201,7 +201,7 @@ SEC, LATE = 10**9, (1 << 33) * 10**9 + 5
 @needs_root
 @pytest.mark.parametrize("extra", [0, 4, 8, 16, 24, 28])
 def test_an_inode_with_fewer_fields_than_others(place: Path, extra: int) -> None:
-    """What lies behind i_extra_isize is neither read nor written, but by attributes; the kernel agrees."""
+    """Bytes after i_extra_isize are used only for attributes, as in the kernel."""
     path = Make().make(place / "image")
     with by_engine(path) as layer:
         for name in (b"touched", b"dressed"):
@@ -231,7 +231,7 @@ def test_an_inode_with_fewer_fields_than_others(place: Path, extra: int) -> None
 
 
 def agreed_on_times(path: Path, *names: bytes) -> None:
-    """Both read the same attributes."""
+    """Engine and kernel read the same attributes."""
     shown = []
     for side in (by_kernel, by_engine):
         with side(path) as layer:
@@ -241,7 +241,7 @@ def agreed_on_times(path: Path, *names: bytes) -> None:
 
 
 def test_the_superblock_has_a_wrong_account_of_what_is_free(place: Path) -> None:
-    """As the kernel leaves it in a crash: the groups have the right one."""
+    """As the kernel leaves it after a crash: only the group descriptors are correct."""
     changes = "set_super_value free_blocks_count 0", "set_super_value free_inodes_count 0"
     path = Make(changes=changes).make(place / "image")
     with engine.opened(path, read_only=True) as opened:

@@ -1,4 +1,4 @@
-"""Memory that is short for a while costs nothing but time: what was done is kept, and written later."""
+"""A temporary lack of memory costs only time: operations are kept and written later."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 from cowfs.formats.ext3.image import Image
 fd = os.open(sys.argv[1], os.O_RDWR)
 image = Image(fd, "the store", commit_seconds=0)
-# Directories are metadata: what the next commit writes to the journal at once, from one piece of memory.
+# Directories are metadata, which the next commit writes to the journal at once, from one piece of memory.
 for number in range(600):
     image.create(2, b"d%d" % number, 0o40755, 0, 0)
 def short():

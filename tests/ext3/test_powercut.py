@@ -1,4 +1,4 @@
-"""After a power cut at any moment the image is what it was at the last commit, or at a later one."""
+"""After a power cut at any moment, the image is that of the last commit, or of a later one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ OPERATIONS = 600
 
 
 def wrong_ones(recording: Recording, count: int, seed: int, place: Path) -> list[str]:
-    """What was found wrong, one line for each cut."""
+    """Return a line for each cut with errors."""
     outcomes = powercut.cut(recording, count, seed, place)
     assert len(outcomes) == count
     return [f"cut at {outcome.cut}: {outcome.wrong}" for outcome in outcomes if outcome.wrong]
 
 
 GIVES_BACK = 128
-"""X3_GIVE_BACK of engine.h: what is freed becomes holes."""
+"""X3_GIVE_BACK of engine.h: freed blocks become holes."""
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_power_cuts(place: Path, shape: Shape, seed: int, debug: int) -> None:
 
 
 def test_power_cuts_while_others_commit(place: Path) -> None:
-    """Commits go on beside the operations, and the cache has room for next to nothing."""
+    """Commits run concurrently with operations, and the cache is almost too small."""
     recording = powercut.record(place, SMALL, 5, powercut.mixed(300), stir=True, cache_bytes=1 << 16)
     assert recording.barriers > 200  # two for each commit that the load waits for: see STIRRED
     wrong = wrong_ones(recording, 25, 5, place)
@@ -47,7 +47,7 @@ def test_power_cuts_while_others_commit(place: Path) -> None:
 
 
 def much_to_free(load: Load, opened: Engine) -> None:
-    """Files with hundreds of indirect blocks are made and go: their blocks are freed piece by piece."""
+    """Create and remove files with hundreds of indirect blocks, which are freed in steps."""
     block = load.model.block_size
     for _ in range(3):
         load.do(operations.create)
@@ -100,7 +100,7 @@ RULES = [
 
 @pytest.mark.parametrize(("rule", "shape"), RULES)
 def test_without_a_rule_cuts_do_harm(place: Path, rule: int, shape: Shape) -> None:
-    """Each rule of the journal is needed, and these tests would see that it is not kept."""
+    """Each rule of the journal is necessary: the tests notice if it is broken."""
     for seed in range(20, 24):
         recording = powercut.record(place, shape, seed, powercut.mixed(OPERATIONS), debug=rule)
         if wrong_ones(recording, 40, seed, place):

@@ -1,4 +1,4 @@
-"""Holes are made in files as the kernel's ext3 makes them, and flags set: e2fsck has nothing to say."""
+"""Holes are punched and flags set as by the kernel's ext3; e2fsck finds no error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 60
 
 @contextmanager
 def kernels(path: Path, at: Path) -> Iterator[int]:
-    """A file on an image that the kernel has mounted."""
+    """A file in an image that the kernel has mounted."""
     at.mkdir()
     run("mount", "-o", "loop", path, at)
     try:
@@ -37,7 +37,7 @@ def kernels(path: Path, at: Path) -> Iterator[int]:
 
 
 def places(unit: int, rng: random.Random) -> tuple[int, int]:
-    """A range that begins or ends within a block or not, where pointers are direct or not."""
+    """Return a range that begins or ends inside a block or not, with direct or indirect pointers."""
     per = unit // 4
     at = rng.choice([0, 12, 12 + per, 12 + 3 * per, 12 + per + 5]) + rng.randrange(-6, 7)
     length = rng.choice([1, 2, 7, per, 2 * per + 3])
@@ -66,7 +66,7 @@ def test_holes_are_the_kernels(place: Path, shape: Shape) -> None:
                 file.fallocate(files.PUNCH_HOLE, start, length)
             size = os.fstat(fd).st_size
             assert file.stat().st_size == size
-            # The kernel keeps indirect blocks that become empty, if not all of one goes at once.
+            # The kernel keeps an indirect block that becomes empty, unless all of it is removed at once.
             assert file.stat().st_blocks <= os.fstat(fd).st_blocks, step
             assert [*file.segments(size)] == [*files.segments(fd, size)], step
             assert file.pread(size + 1, 0) == os.pread(fd, size + 1, 0), step
@@ -77,7 +77,7 @@ def test_holes_are_the_kernels(place: Path, shape: Shape) -> None:
 
 
 def test_nothing_else_is_allocated(place: Path) -> None:
-    """As on every file of ext3: there are no blocks that are allocated and not written."""
+    """Like all files of ext3, they have no allocated unwritten blocks."""
     with engine.opened(images.make(place / "image", MODERN)) as opened:
         file = opened.layer.open(engine.make_file(opened.layer, b"file"), os.O_RDWR)
         assert isinstance(file, Ext3File)
@@ -91,7 +91,7 @@ def test_nothing_else_is_allocated(place: Path) -> None:
 
 @needs_root
 def test_flags_are_the_kernels(place: Path) -> None:
-    """Each flag alone, on a file and a directory: kept, ignored, or refused with the same errno."""
+    """Each flag alone, on a file and a directory, is kept, ignored, or refused with the same errno."""
     ours, theirs = images.make(place / "ours", MODERN), images.make(place / "theirs", MODERN)
     at = place / "at"
     at.mkdir()
@@ -108,7 +108,7 @@ def test_flags_are_the_kernels(place: Path) -> None:
             for name, key in keys.items():
                 fd = os.open(at / name, os.O_RDONLY)
                 for flag in (1 << bit for bit in range(32)):
-                    if flag == inode_flags.JOURNAL_DATA:  # a privilege
+                    if flag == inode_flags.JOURNAL_DATA:  # needs a privilege
                         continue
                     said = []
                     ways: list[tuple[Callable[[int], None], Callable[[], int]]] = [

@@ -1,4 +1,4 @@
-"""The process dies, the machine goes on: whatever was acknowledged is there, from the redo log."""
+"""If only the process dies, the redo log restores everything acknowledged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.system import needs_root, run
 
 
 def uncommitted(operations: int) -> Callable[[Load, Engine], None]:
-    """Work that nobody asks to commit: it is the size of the journal that makes transactions end."""
+    """Work without sync: transactions end because of the size of the journal."""
 
     def work(load: Load, opened: Engine) -> None:
         load.run(operations, commit_every=RARELY, sync_every=RARELY)
@@ -32,7 +32,7 @@ def uncommitted(operations: int) -> Callable[[Load, Engine], None]:
 
 
 def moments(recording: Recording, count: int, seed: int) -> Iterator[tuple[int, Disk]]:
-    """So many moments of a recording, with what the disk was told until then."""
+    """Yield this number of moments of a recording, with the state of the disk."""
     disk, position = Disk(bytearray(recording.base)), 0
     for where in choose_cuts(recording.events, count, seed):
         while position < where:
@@ -42,7 +42,7 @@ def moments(recording: Recording, count: int, seed: int) -> Iterator[tuple[int, 
 
 
 def killed(recording: Recording, count: int, seed: int, place: Path, again: int = 2) -> list[str]:
-    """Kill the process so many times, at each kill the recovery *again* times, by death and by power cut."""
+    """Kill the process this many times; interrupt each recovery *again* times by kills and power cuts."""
     chance, wrong = random.Random(seed), []
     for where, disk in moments(recording, count, seed):
         before, path = bytes(disk.kill()), place / "killed"
@@ -71,7 +71,7 @@ def killed(recording: Recording, count: int, seed: int, place: Path, again: int 
 
 @pytest.mark.parametrize(("shape", "seed"), [(MODERN, 1), (SMALL, 2), (OLD, 3)], ids=str)
 def test_killed_after_any_write(place: Path, shape: Shape, seed: int) -> None:
-    """Commits and checkpoints as they come; the recovery is interrupted too."""
+    """Commits and checkpoints happen as needed; the recovery is interrupted too."""
     recording = powercut.record(place, shape, seed, powercut.mixed(400))
     assert killed(recording, 16, seed, place) == []
 
@@ -83,7 +83,7 @@ def test_killed_without_any_commit(place: Path, shape: Shape) -> None:
 
 
 def test_killed_while_others_commit(place: Path) -> None:
-    """Two transactions at a time: one is being committed, the other has begun."""
+    """Two transactions at a time: one commits, the other has begun."""
     recording = powercut.record(place, SMALL, 5, powercut.mixed(200), stir=True, cache_bytes=1 << 16)
     assert killed(recording, 16, 5, place) == []
 
@@ -99,7 +99,7 @@ def test_killed_after_many_writes(place: Path, shape: Shape, seed: int) -> None:
 
 
 def test_a_cut_of_the_power_leaves_no_redo_log(place: Path) -> None:
-    """Records of before the last start of the machine do not count: what they build upon may be lost."""
+    """Records from before the last boot are ignored, because data they depend on may be lost."""
     path = images.make(place / "image")
     with engine.opened(path) as opened:
         make_file(opened.layer, b"committed")
@@ -114,7 +114,7 @@ def test_a_cut_of_the_power_leaves_no_redo_log(place: Path) -> None:
     assert images.unclean(path) is None
 
 
-# --- others were there
+# --- other programs have used the image
 
 
 def by_e2fsck(path: Path) -> None:
@@ -130,7 +130,7 @@ def by_kernel(path: Path) -> None:
 
 
 def by_kernel_that_crashed(path: Path) -> None:
-    """It has recovered and mounted the image, and written to its own journal, when the machine dies."""
+    """It has recovered and mounted the image and written to its own journal when the machine dies."""
     with images.kernel_mounted(path, path.with_name("mnt")) as top:
         (top / "of the kernel").write_bytes(b"x")
         run("sync", "-f", top)
@@ -148,7 +148,7 @@ def by_ourselves(path: Path) -> None:
     "recovered", [by_e2fsck, by_journal_alone, by_kernel, by_kernel_that_crashed, by_ourselves]
 )
 def test_who_recovers_otherwise_ends_the_redo_log(place: Path, recovered: Callable[[Path], None]) -> None:
-    """The filesystem has gone on from the last commit: what is left of the redo log would damage it."""
+    """The filesystem was used after the last commit: the rest of the redo log would damage it."""
     path = left(place)
     recovered(path)
     with engine.opened(path, read_only=True) as opened:
@@ -167,7 +167,7 @@ def test_an_image_may_be_copied_after_the_death(place: Path) -> None:
 
 
 def clear_flag(path: Path) -> None:
-    """Take needs_recovery away, as who puts a backup of the superblock in its place does."""
+    """Clear needs_recovery, like copying a backup of the superblock."""
     with path.open("r+b") as file:
         file.seek(1024 + 96)
         (flags,) = struct.unpack("<I", file.read(4))
@@ -184,10 +184,10 @@ def test_the_journal_is_recovered_without_the_flag(place: Path) -> None:
 
 
 def test_a_journal_that_somebody_did_without_is_old(place: Path) -> None:
-    """The flag is gone, and the filesystem was mounted since: what it holds now is newer than the journal."""
+    """The flag was cleared and the filesystem mounted: its content is newer than the journal."""
     path = left(place)
     clear_flag(path)
-    with path.open("r+b") as file:  # as mounted by the ext2 driver
+    with path.open("r+b") as file:  # as if mounted with the ext2 driver
         file.seek(1024 + 44)
         (mounted,) = struct.unpack("<I", file.read(4))
         file.seek(1024 + 44)
@@ -197,7 +197,7 @@ def test_a_journal_that_somebody_did_without_is_old(place: Path) -> None:
     assert images.unclean(path) is None
 
 
-# --- where the image goes on
+# --- where the image continues
 
 
 def test_after_growing_the_log_goes_on(place: Path) -> None:
@@ -216,7 +216,7 @@ def test_after_growing_the_log_goes_on(place: Path) -> None:
 
 
 def test_what_came_from_memory_has_a_log_on_the_disk(place: Path) -> None:
-    """A file without a name needs none; the one that the image moves to does."""
+    """A file without a name needs no recovery; the file that the image moves to does."""
     path = images.make(place / "image", MODERN)
     hidden = place / "hidden"
     shutil.copyfile(path, hidden)

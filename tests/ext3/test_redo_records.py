@@ -1,4 +1,4 @@
-"""Records of the redo log: torn, missing, hostile, too many."""
+"""Records of the redo log: torn, missing, malicious, too many."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_records_after_a_bad_one_do_not_count(place: Path, harm: str) -> None:
 
 @pytest.mark.parametrize("what", ["beyond the end", "beyond the block", "beyond the record"])
 def test_a_record_that_makes_no_sense_is_refused(place: Path, what: str) -> None:
-    """Its checksum is right: somebody made it so."""
+    """Its checksum is correct, because someone has computed it."""
     path = left(place)
     data = bytearray(path.read_bytes())
     at, length, tid = list(records_in(data))[-1]
@@ -79,7 +79,7 @@ def test_a_record_that_makes_no_sense_is_refused(place: Path, what: str) -> None
 
 
 def two_transactions(load: Load, opened: Engine) -> None:
-    """Some operations, a commit, and some more."""
+    """Do some operations, a commit, and more operations."""
     load.run(30, commit_every=RARELY, sync_every=RARELY)
     load.commit()
     load.run(30, commit_every=RARELY, sync_every=RARELY)
@@ -111,7 +111,7 @@ def test_the_next_transaction_needs_all_of_the_one_before(place: Path, harmed: b
 
 
 def test_a_record_that_was_never_written_is_missed(place: Path) -> None:
-    """It had no room, and waited for the commit; others went on; the process died before that was there."""
+    """A thread without space waited for the commit; others continued; the process died before the commit."""
     path = images.make(place / "image", SMALL)
     base = path.read_bytes()
     with (place / "trace").open("w+b") as trace:
@@ -168,7 +168,7 @@ def test_a_full_log_makes_a_transaction_end(place: Path, shape: Shape) -> None:
 
 
 def test_a_change_that_no_log_has_room_for_is_committed(place: Path) -> None:
-    """Half a megabyte of changes at once, where the log has room for 255 KiB."""
+    """Half a megabyte of changes at once, while the log has space for 255 KiB."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         with opened.image.together():
@@ -183,7 +183,7 @@ def test_a_change_that_no_log_has_room_for_is_committed(place: Path) -> None:
 
 
 def test_what_cannot_be_logged_is_not_done(place: Path) -> None:
-    """The host refuses the record of a change: it fails. What belongs together waits for the commit."""
+    """If the host refuses the record of a change, it fails. Compound changes wait for the commit."""
     path = images.make(place / "image")
     with engine.opened(path) as opened:
         make_file(opened.layer, b"before")

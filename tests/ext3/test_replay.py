@@ -1,4 +1,4 @@
-"""Logs as jbd2 may write them: the engine makes of them what e2fsck does."""
+"""The engine replays logs of jbd2 like e2fsck."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tests.support.system import run
 MAGIC, DESCRIPTOR, COMMIT, REVOKE = 0xC03B3998, 1, 2, 5
 ESCAPED, SAME_UUID, LAST = 1, 2, 8
 BLOCKS = 60
-"""Of the file whose data the logs change: the filesystem stays sound whatever they say."""
+"""The inode of the file whose data the logs change, so that the filesystem stays sound."""
 
 
 @dataclass
 class Log:
-    """Writes a log into the journal of an image, which is held in memory."""
+    """A writer of a log into the journal of an image in memory."""
 
     data: bytearray
     at: int = 0
-    """Where in the journal the next block goes."""
+    """Return the block of the journal for the next block of the log."""
     sequence: int = 0
     start: int = 0
     journal: list[int] = field(default_factory=list)
 
     def begin(self, start: int) -> None:
-        """Let the log begin at a block of the journal; the superblock says what is needed."""
+        """Start the log at a block of the journal; set the superblock."""
         image = Image(self.data)
         self.size = image.block_size
         self.journal = [nr for _, nr in image.mapping(image.inode(8))]
@@ -45,7 +45,7 @@ class Log:
         (self.sequence,) = struct.unpack_from(">I", self.data, head + 24)
         self.at = self.start = start % len(self.journal)
         struct.pack_into(">II", self.data, head + 24, self.sequence, self.start)
-        struct.pack_into(">I", self.data, head + 40, 1)  # there may be revoke blocks
+        struct.pack_into(">I", self.data, head + 40, 1)  # revoke blocks are possible
         (flags,) = struct.unpack_from("<I", self.data, 1024 + 96)
         struct.pack_into("<I", self.data, 1024 + 96, flags | 4)
 
@@ -59,7 +59,7 @@ class Log:
         return struct.pack(">III", MAGIC, kind, self.sequence)
 
     def describe(self, blocks: dict[int, bytes], same_uuid: bool = True) -> None:
-        """A descriptor block, and the blocks that it lists."""
+        """Write a descriptor block and the blocks that it lists."""
         tags, images_ = b"", []
         for number, (nr, content) in enumerate(blocks.items()):
             escaped = content[:4] == struct.pack(">I", MAGIC)
@@ -93,7 +93,7 @@ def prepared(place: Path, shape: Shape) -> tuple[Path, list[int]]:
 
 
 def content(path: Path) -> bytes:
-    """What the file holds, as the engine shows it without writing."""
+    """Return the content of the file, as the read-only engine shows it."""
     with engine.opened(path, read_only=True) as opened:
         file = opened.layer.open(find(opened.layer, b"file"), os.O_RDONLY)
         try:
@@ -103,7 +103,7 @@ def content(path: Path) -> bytes:
 
 
 def write_anything(log: Log, blocks: list[int], chance: random.Random) -> None:
-    """Some transactions of all kinds, and perhaps one that never became whole."""
+    """Write some transactions of all kinds, perhaps with an incomplete one."""
     for _ in range(chance.randrange(1, 8)):
         for _ in range(chance.randrange(1, 4)):
             if chance.random() < 0.3:
@@ -113,19 +113,19 @@ def write_anything(log: Log, blocks: list[int], chance: random.Random) -> None:
                 log.describe({nr: some(log.size, chance) for nr in chosen}, chance.random() < 0.7)
         log.commit()
     how = chance.randrange(4)
-    if how == 1:  # no commit block
+    if how == 1:  # without a commit block
         log.describe({blocks[0]: some(log.size, chance)})
         log.revoke(blocks[1])
-    elif how == 2:  # one of a transaction that is not the next
+    elif how == 2:  # of another transaction than the next
         log.sequence += chance.choice((1, 100, -1))
         log.describe({blocks[0]: some(log.size, chance)})
         log.commit()
-    elif how == 3:  # something that was there before
+    elif how == 3:  # old data
         log.put(chance.randbytes(log.size))
 
 
 def some(size: int, chance: random.Random) -> bytes:
-    """A block of data, which may begin like one of the journal's own."""
+    """Return a block of data, which may begin like a block of the journal."""
     start = chance.choice((chance.randbytes(4), struct.pack(">I", MAGIC), bytes(4)))
     return start + chance.randbytes(4) * (size // 4 - 1)
 
@@ -166,7 +166,7 @@ def test_a_log_that_makes_no_sense_is_refused(place: Path, what: str) -> None:
         log.describe({log.journal[5]: bytes(log.size)})
     elif what == "a revoke block":
         log.put(log.header(REVOKE) + struct.pack(">II", log.size + 4, blocks[0]))
-    else:  # the log goes round and round
+    else:  # the log wraps around
         for _ in range(len(log.journal)):
             log.describe({})
     log.commit()

@@ -1,4 +1,4 @@
-"""The disk that an image is on has no room: nothing is lost, changes are refused, and then it goes on."""
+"""If the disk under an image is full, nothing is lost, and changes fail until there is space again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fails_with(code: int) -> Iterator[None]:
 
 
 def must_refuse(opened: Engine, code: int) -> None:
-    """Every change, and whatever says that something is on disk, fails with *code*; reading goes on."""
+    """Every change and every sync fails with *code*; reads work."""
     layer = opened.layer
     root = layer.root
     for call in (
@@ -54,7 +54,7 @@ def must_refuse(opened: Engine, code: int) -> None:
 
 
 def struggle(load: Load, opened: Engine, steps: int) -> int:
-    """Work on while there is no room; how often something could not be put on disk."""
+    """Work while the disk is full; return how often a write to it failed."""
     refusals = 0
     for number in range(steps):
         load.step()
@@ -80,7 +80,7 @@ def struggle(load: Load, opened: Engine, steps: int) -> int:
     ids=["pwrite", "quota", "limit", "fallocate", "fdatasync", "late"],
 )
 def test_from_the_nth_call_on_there_is_no_room(place: Path, kind: int, code: int, stride: int) -> None:
-    """What failed did nothing, what was done is seen, and all of it is on disk once there is room."""
+    """Failed operations have no effect; others are visible, and are on disk once there is space."""
     base = images.make(place / "base", SMALL)
     with engine.opened(base) as opened:
         write(opened.layer, b"kept", 300_000)
@@ -122,7 +122,7 @@ def test_from_the_nth_call_on_there_is_no_room(place: Path, kind: int, code: int
 
 
 def test_an_operation_tries_again_by_itself(place: Path) -> None:
-    """Nobody needs to ask for a commit: the next change, a second later at the soonest, finds the room."""
+    """No commit is needed: the next change after at least a second notices the space."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         write(opened.layer, b"kept", 3000)
@@ -144,7 +144,7 @@ def test_an_operation_tries_again_by_itself(place: Path) -> None:
 
 
 def test_a_large_truncation_is_completed(place: Path) -> None:
-    """It takes several transactions; the room ends after the first, and no later write must see old data."""
+    """It takes several transactions. The disk is full after the first; no later write may show old data."""
     path = images.make(place / "image", Shape(1024, 128, mib=64, journal=1))
     with engine.opened(path) as opened:
         layer = opened.layer
@@ -152,9 +152,7 @@ def test_a_large_truncation_is_completed(place: Path) -> None:
         write(layer, b"large", 40 << 20)
         layer.sync()
         key = find(layer, b"large")
-        opened.inject(
-            PWRITE, 4, errno.ENOSPC, sticky=True
-        )  # the end of the file, and the redo log (twice) have it
+        opened.inject(PWRITE, 4, errno.ENOSPC, sticky=True)  # the end of the file, and twice in the redo log
         layer.truncate(key, 10_000)
         assert layer.stat(key).st_size == 10_000
         with fails_with(errno.ENOSPC):
@@ -173,7 +171,7 @@ def test_a_large_truncation_is_completed(place: Path) -> None:
 @pytest.mark.parametrize("kind", ["tmpfs", "ext3", "ext4"])
 @pytest.mark.parametrize("shape", [MODERN, OLD], ids=str)
 def test_a_sparse_image_on_a_disk_that_is_full(place: Path, kind: str, shape: Shape) -> None:
-    """Whatever fails does nothing, and no commit fails: what it needs is there before."""
+    """Failed operations have no effect, and no commit fails, because its space is reserved."""
     whole = images.make(place / "whole", shape)
     with host(kind, place / "host", 64) as at:
         path = sparse_copy(whole, at / "image")
@@ -191,7 +189,7 @@ def test_a_sparse_image_on_a_disk_that_is_full(place: Path, kind: str, shape: Sh
             ballast = fill(at)
             assert free(at) < 8192
             for _ in range(40):
-                load.run(15)  # every commit and fsync succeeds
+                load.run(15)  # every commit and fsync must succeed
                 load.check()
             assert load.failed > 20
             assert not opened.image.facts().stalled
@@ -206,7 +204,7 @@ def test_a_sparse_image_on_a_disk_that_is_full(place: Path, kind: str, shape: Sh
 
 
 def image_of(opened: Engine, path: Path) -> bytes:
-    """What the image holds, all at its place."""
+    """Return the content of the image, all in place."""
     opened.image.checkpoint()
     return path.read_bytes()
 
@@ -231,7 +229,7 @@ def test_an_image_without_a_journal_to_write_to_is_refused_and_left_alone(place:
 
 
 def test_a_truncation_that_is_refused_keeps_the_data(place: Path) -> None:
-    """Whichever of its writes is refused: what it was to cut off of the last block is still there."""
+    """Whichever write fails, the part of the last block to cut off still exists."""
     path = images.make(place / "image", SMALL)
     old = bytes(range(1, 251)) * 20
     outcomes = set()
@@ -259,7 +257,7 @@ def test_a_truncation_that_is_refused_keeps_the_data(place: Path) -> None:
 
 
 def test_a_write_that_is_refused_has_written_a_beginning_or_nothing(place: Path) -> None:
-    """A hole comes first, then a block that is there: it is left alone unless the hole is filled."""
+    """First a hole, then an allocated block, which stays unchanged unless the hole is filled."""
     path = images.make(place / "image", SMALL)
     outcomes = set()
     with engine.opened(path) as opened:

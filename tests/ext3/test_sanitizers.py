@@ -1,4 +1,4 @@
-"""The other tests of the engine, under AddressSanitizer and UBSan; `make sanitize` runs them by day."""
+"""Run the other tests of the engine with AddressSanitizer and UBSan, as `make sanitize` does."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_a_cache_that_shrinks_at_any_time_loses_nothing(tmp_path: Path) -> None:
                 layer.shrink()
             if step % 200 == 199:
                 layer.sync()
-        layer.image.checkpoint()  # what is in the journal alone stays
+        layer.image.checkpoint()  # blocks that are only in the journal stay cached
         layer.shrink()
         misses = layer.caches()["ext3 metadata"][1]
         for name in names:

@@ -1,4 +1,4 @@
-"""An image is suspended, changed by another program, and resumed: keys and orphans are as before."""
+"""Another program changes a suspended image: after it is resumed, keys and orphans are valid."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_grown_under_a_load(place: Path, shape: Shape) -> None:
             opened.layer.suspend(hidden)
             assert images.unclean(path) is None, "it is clean, for others to change"
             os.truncate(path, path.stat().st_size + (4 << 20))
-            run("e2fsck", "-fp", path)  # or resize2fs demands it, unless the last one was in this second
+            run("e2fsck", "-fp", path)  # resize2fs requires it, unless the last check was in this second
             run("resize2fs", "-f", path)
             assert run("e2fsck", "-fp", path, check=False).returncode == 0
             opened.layer.resume(hidden)
             assert opened.layer.statfs().blocks > before, f"turn {turn}"
             assert opened.layer.names(hidden) == []
-            load.model.see(hidden, opened.layer.stat(hidden))  # things were in it meanwhile
+            load.model.see(hidden, opened.layer.stat(hidden))  # files were in it meanwhile
             load.model.settle([hidden])
             load.check()
         assert orphans
@@ -52,7 +52,7 @@ def test_grown_under_a_load(place: Path, shape: Shape) -> None:
 
 
 def test_others_wait_meanwhile(place: Path) -> None:
-    """What another thread asks for while the image is away is done when it is back."""
+    """Requests of another thread during the suspension are done after it."""
     path = images.make(place / "image", MODERN)
     with engine.opened(path) as opened:
         layer = opened.layer
@@ -82,7 +82,7 @@ def test_others_wait_meanwhile(place: Path) -> None:
 
 
 def test_back_to_something_else(place: Path) -> None:
-    """If what is there is no filesystem any more, everything is an I/O error, and nothing is written."""
+    """If the image is no filesystem any more, everything fails with EIO, and nothing is written."""
     path = images.make(place / "image", MODERN)
     with engine.opened(path) as opened:
         layer = opened.layer

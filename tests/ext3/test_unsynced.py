@@ -1,4 +1,4 @@
-"""Disks that take file data and refuse it later: it is kept, or known to be lost."""
+"""Disks that accept file data and fail to write it later: it is kept, or known to be lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ shapes = pytest.mark.parametrize("shape", [MODERN, OLD, WIDE], ids=str)
 
 
 class Disk:
-    """An image's file, and what of it an fdatasync has brought to the disk."""
+    """The file of an image, and which of its data is on disk."""
 
     def __init__(self, path: Path, trace: IO[bytes]) -> None:
         self.path = path
@@ -53,11 +53,11 @@ class Disk:
         self._base = path.read_bytes()
 
     def durable(self) -> bytes:
-        """What was written before an fdatasync that succeeded, and after the last that did not."""
+        """Return the file as of the last successful fdatasync, and with the writes since."""
         return deque(self.states(), 1)[0][1]
 
     def states(self) -> Iterator[tuple[int, bytes]]:
-        """The same, at each mark, with its number, and at the end (-1)."""
+        """Yield the same at each mark, with its number, and at the end (-1)."""
         self.trace.seek(0)
         disk = bytearray(self._base)
         written: list[tuple[int, Event]] = []
@@ -78,14 +78,14 @@ class Disk:
         yield -1, bytes(disk)
 
     def drop(self) -> None:
-        """Forget all that is not on disk, as a kernel does that has told of it once."""
+        """Drop all data that is not on disk, as the kernel does after reporting an error once."""
         with self.path.open("r+b") as file:
             file.write(self.durable())
 
 
 @contextmanager
 def work(path: Path, debug: int = 0) -> Iterator[tuple[Disk, Engine]]:
-    """Open an image, whose file may be told to drop what is not on disk."""
+    """Open an image whose file can drop data that is not on disk."""
     with (
         tempfile.TemporaryFile() as trace,
         engine.opened(path, trace_fd=trace.fileno(), debug=debug) as opened,
@@ -94,7 +94,7 @@ def work(path: Path, debug: int = 0) -> Iterator[tuple[Disk, Engine]]:
 
 
 def fill(opened: Engine, seed: int = 1) -> dict[bytes, bytes]:
-    """Files that are written to as programs do it; what they hold."""
+    """Write files like programs do; return their content."""
     chance = random.Random(seed)
     layer = opened.layer
     content: dict[bytes, bytes] = {}
@@ -129,7 +129,7 @@ def check(opened: Engine, content: dict[bytes, bytes]) -> None:
 
 
 def reopened(path: Path, content: dict[bytes, bytes], gone: tuple[bytes, ...] = ()) -> None:
-    """Open what a dead process has left; it is sound, and has all of *content* and nothing of *gone*."""
+    """Open the image of a dead process; it must be sound, with all of *content* and nothing of *gone*."""
     with engine.opened(path) as opened:
         check(opened, content)
         assert not set(gone) & set(names_of(opened.layer, opened.layer.root))
@@ -139,7 +139,7 @@ def reopened(path: Path, content: dict[bytes, bytes], gone: tuple[bytes, ...] = 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @shapes
 def test_what_fdatasync_refuses_is_kept_in_memory(place: Path, shape: Shape, code: int) -> None:
-    """It can be read though the kernel has dropped it, and is on disk as soon as that takes it."""
+    """It is readable although the kernel dropped it, and is written when the disk accepts it."""
     path = images.make(place / "image", shape)
     with work(path) as (disk, opened):
         make_file(opened.layer, b"kept")
@@ -169,7 +169,7 @@ def test_what_fdatasync_refuses_is_kept_in_memory(place: Path, shape: Shape, cod
 
 
 def test_fsync_of_a_file_whose_metadata_is_on_disk(place: Path) -> None:
-    """It needs no commit: fdatasync alone is waited for, and it alone is told."""
+    """No commit is needed: fdatasync alone waits, and only it fails."""
     path = images.make(place / "image")
     with work(path) as (disk, opened):
         content = fill(opened)
@@ -195,7 +195,7 @@ def test_fsync_of_a_file_whose_metadata_is_on_disk(place: Path) -> None:
 def test_what_was_dropped_before_is_lost_and_told(
     place: Path, caplog: pytest.LogCaptureFixture, then: str
 ) -> None:
-    """The kernel wrote it back on its own, was refused, and dropped it: fdatasync tells afterwards."""
+    """The kernel's own write-back failed and dropped the data: fdatasync fails afterwards."""
     path = images.make(place / "image")
     with work(path) as (disk, opened):
         before = fill(opened)
@@ -264,7 +264,7 @@ def test_a_file_that_is_gone_is_not_missed(place: Path) -> None:
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_without_memory_for_it(place: Path, dropped: bool) -> None:
-    """Then it is left to the page cache, and compared again when it is tried again."""
+    """Then it stays in the page cache, and is compared again at the next attempt."""
     path = images.make(place / "image")
     with work(path, debug=NO_MEMORY) as (disk, opened):
         content = fill(opened)
@@ -290,7 +290,7 @@ def test_without_memory_for_it(place: Path, dropped: bool) -> None:
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_a_host_that_tells_it_by_the_next_write(place: Path, dropped: bool) -> None:
-    """As NFS does: fdatasync succeeds afterwards, and must not be believed."""
+    """Like NFS, fdatasync succeeds afterwards, which must not be trusted."""
     path = images.make(place / "image")
     with work(path, AS_NFS) as (disk, opened):
         content = fill(opened)
@@ -315,7 +315,7 @@ def test_a_host_that_tells_it_by_the_next_write(place: Path, dropped: bool) -> N
 
 
 def test_killed_while_it_waits(place: Path) -> None:
-    """What the redo log says builds upon data that may be gone: the last commit counts, as a whole."""
+    """The redo log may depend on lost data: the image must be that of the last commit."""
     path = images.make(place / "image")
     with engine.opened(path) as opened:
         content = fill(opened)
@@ -332,7 +332,7 @@ def test_killed_while_it_waits(place: Path) -> None:
 
 
 def test_killed_after_it_went_on(place: Path) -> None:
-    """The redo log is good for what was done since."""
+    """The redo log is valid for changes since then."""
     path = images.make(place / "image")
     with engine.opened(path) as opened:
         content = fill(opened)
@@ -350,7 +350,7 @@ def test_killed_after_it_went_on(place: Path) -> None:
 
 
 def test_what_is_written_while_it_waits(place: Path) -> None:
-    """Changes that belong together may go on, and write where something is kept already."""
+    """Compound changes may continue, and write where data is kept already."""
     path = images.make(place / "image")
     with work(path) as (disk, opened):
         content = fill(opened)
@@ -381,12 +381,12 @@ def test_what_is_written_while_it_waits(place: Path) -> None:
 
 
 def begun(trace: IO[bytes]) -> int:
-    """How many fdatasyncs have been begun."""
+    """Return the number of fdatasync calls that have begun."""
     return sum(event.kind == _BEGUN for event in parse(os.pread(trace.fileno(), 1 << 30, 0)))
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Return as soon as that is so."""
+    """Wait until that number is reached."""
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
@@ -394,7 +394,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def waits_in(opened: Engine, thread: int) -> bool:
-    """Whether a thread of this process waits for a lock or a condition of the engine's."""
+    """Return whether a thread of this process waits for a lock or condition of the engine."""
     call = Path(f"/proc/self/task/{thread}/syscall").read_text().split()
     handle = int(ffi.cast("uintptr_t", opened.image.handle))
     return len(call) > 1 and 0 <= int(call[1], 16) - handle < 4096
@@ -402,7 +402,7 @@ def waits_in(opened: Engine, thread: int) -> bool:
 
 @pytest.mark.parametrize("datasync", [True, False])
 def test_fsync_of_what_was_written_while_a_commit_was_under_way(place: Path, datasync: bool) -> None:
-    """The inode is in that commit; the data that was written since is not."""
+    """The inode is in that commit, but not the data written since."""
     path = images.make(place / "image")
     with work(path) as (disk, opened), ThreadPoolExecutor(2) as pool:
         file = opened.layer.open(make_file(opened.layer, b"file"), os.O_RDWR)
@@ -427,7 +427,7 @@ def test_fsync_of_what_was_written_while_a_commit_was_under_way(place: Path, dat
 
 
 def test_what_is_written_while_an_fdatasync_waits_for_its_turn(place: Path) -> None:
-    """It is on disk when that one ends, here as in the engine, which has forgotten it then."""
+    """It is on disk when that call ends, in the test as in the engine, which forgets it then."""
     path = images.make(place / "image")
     with work(path) as (disk, opened), ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         content = fill(opened)
@@ -459,7 +459,7 @@ def test_what_is_written_while_an_fdatasync_waits_for_its_turn(place: Path) -> N
 
 
 def test_an_fsync_whose_failure_somebody_else_has_seen_to(place: Path) -> None:
-    """The disk has told EIO once; that the commit has kept the data is enough for both."""
+    """The disk has returned EIO once; both calls rely on the commit, which has kept the data."""
     path = images.make(place / "image")
     with work(path) as (disk, opened), ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         content = fill(opened)
@@ -488,7 +488,7 @@ def test_an_fsync_whose_failure_somebody_else_has_seen_to(place: Path) -> None:
 
 
 def patiently(opened: Engine, call: Callable[[], object]) -> None:
-    """Do it again, after a commit, until there is room."""
+    """Repeat the call after a commit, until there is space."""
     for _ in range(10_000):
         try:
             call()
@@ -502,7 +502,7 @@ def patiently(opened: Engine, call: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: int) -> None:
-    """What an fsync was told to be on disk is there, without what an fdatasync has refused."""
+    """Data of successful fsyncs exists, without data that an fdatasync failed to write."""
     path = images.make(place / "image")
     with work(path) as (disk, opened):
         over = threading.Event()
@@ -559,7 +559,7 @@ def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: in
 
 @pytest.mark.parametrize("shape", [MODERN, SMALL], ids=str)
 def test_dropped_after_the_nth_barrier_has_failed(place: Path, shape: Shape) -> None:
-    """A load of everything there is: whichever barrier fails, and all is dropped then, nothing is lost."""
+    """A load with all operations: whichever barrier fails and drops all data, nothing is lost."""
     base = images.make(place / "base", shape)
     failures = 0
     for nth in range(1, 200, 5):
