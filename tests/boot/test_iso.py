@@ -14,7 +14,7 @@ from tests.boot.test_boot import GUEST, PLAIN, Boot, changed_store
 from tests.support.mounts import cowfs
 from tests.support.system import needs_root, run
 
-pytestmark = [needs_root, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
+pytestmark = [needs_root, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(2700)]
 
 LOADER = Path("/usr/lib/ISOLINUX/isolinux.bin")
 MODULE = Path("/usr/lib/syslinux/modules/bios/ldlinux.c32")
@@ -63,7 +63,7 @@ def test_a_disc_with_the_changed_root_boots(boot: Boot, parts: Parts, tmp_path: 
         out "mine: $(cat /root/mine)"
         out "motd: $(ls /etc/motd 2>/dev/null || echo none)"
     """
-    with boot(test=test, kernel=None, devices=disc(tmp_path / "new.iso", "cd")).wait() as machine:
+    with boot(test=test, kernel=None, devices=disc(tmp_path / "new.iso", "cd")).wait(1800) as machine:
         assert machine.said("root") == "fuse.cowfs"
         assert machine.said("lower").partition(" ")[0].endswith("sr0/sysrcd.dat")
         assert machine.said("mine") == "mine"
