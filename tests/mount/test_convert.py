@@ -300,22 +300,26 @@ def test_what_nobody_sees_does_not_come_along(lower: Path, tmp_path: Path) -> No
     assert (raw(store, "/upper/etc/new"), raw(store, "/upper/etc/conf")) == (set(), {"mine"})
 
 
-@pytest.mark.nightly
 def test_a_users_directory(nobody_path: Path) -> None:
-    """Whom things belong to, and what stands for devices, is noted there."""
+    """Whom things belong to, and what stands for devices, is noted there; what aufs wrote hides the same."""
     prefix = as_nobody_prefix()
     lower, store, mnt = (nobody_path / name for name in ("lower", "store", "mnt"))
     run(
         *prefix,
         "sh",
         "-ec",
-        f"cd {nobody_path}; mkdir lower store; echo a >lower/a; touch store/.wh..wh.aufs",
+        f"cd {nobody_path}; mkdir -p lower/gone lower/anew store/gone; echo a >lower/a; touch lower/gone/x"
+        " lower/anew/y; touch store/.wh..wh.aufs store/gone/.wh..wh..opq",
     )
-    change = "echo n >new; chown 5:6 new; mkdir d; chown 7:8 d; ln -s new link; chown -h 9:9 link; rm a"
+    change = "rm -r anew; mkdir anew; setfattr -n user.a -v b anew; "
+    change += "echo n >new; chown 5:6 new; mkdir d; chown 7:8 d; ln -s new link; chown -h 9:9 link; rm a"
     facts = "find . -printf '%p %y %U:%G %m %l\\n' | sort"
     with mounted(lower, mnt, store, options=["fakeroot"], nobody=True):
         run(*prefix, "sh", "-ec", f"cd {mnt}; {change}")
         first = run(*prefix, "sh", "-ec", f"cd {mnt}; {facts}").stdout
+        look = f"cd {mnt}; find . -name [xy]; getfattr -m - anew new"
+        assert run(*prefix, "sh", "-ec", look).stdout == "# file: anew\nuser.a\n\n"
+    assert (store / "anew/.wh..wh..opq").exists()
     for to in ("overlayfs", "aufs"):
         done = cowfs("convert", store, "--to", to, nobody=True)
         assert (done.returncode, f"converted to the {to} format" in done.stderr) == (0, True)

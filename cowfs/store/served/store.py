@@ -19,6 +19,8 @@ from cowfs.layers.base import Key, UpperLayer
 from cowfs.linux import user_namespace
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.overlay.aufs import AufsStore
+from cowfs.overlay.named_whiteouts import use_format
+from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import layout, rebased
 from cowfs.store.format.checkpoints import Checkpoint, Layers
@@ -235,6 +237,7 @@ def finish(
 
     WrongLower; StoreError for leftovers of kernel mounts.
     """
+    use_format(layer, XattrFormat(header.xattrs.encode()))
     if not want.force_lower:
         check_lowers(header, want.lowers, path, with_modules=True)
     upper, work = layout.find(layer, layout.UPPER), layout.find(layer, layout.WORK)
