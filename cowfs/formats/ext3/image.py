@@ -66,6 +66,11 @@ class Image(Opened):
         super().resume(fd)
         self._directories.clear()
 
+    def shrink(self) -> None:
+        """Free the caches. Counts as a method about names."""
+        super().shrink()
+        self._directories.clear()
+
     # --- inodes
 
     def raw(self, ino: int) -> tuple[int, ...]:
