@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 64 << 20
 """The cache of metadata in bytes. The data of files is in the page cache."""
+READER_CACHE_BYTES = 8 << 20
+"""The cache of an image opened read-only. A walk needs most blocks once; the page cache has them too."""
 COMMIT_SECONDS = 5.0
 """The interval of commits in seconds, as in the kernel."""
 
@@ -79,7 +81,7 @@ class Opened:
         name: str,
         *,
         read_only: bool = False,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int = 0,
         commit_seconds: float = COMMIT_SECONDS,
         trace_fd: int = -1,
         debug: int = 0,
@@ -87,7 +89,7 @@ class Opened:
         """Open the image. OSError: EUCLEAN if its journal must be recovered first; see also features.check().
 
         *name* is for messages. With *commit_seconds* 0, commits happen only on demand. *trace_fd* and *debug*
-        are for tests; see x3_open.
+        are for tests; see x3_open. *cache_bytes* is :data:`CACHE_BYTES` by default, and less for a reader.
         """
         features.check(fd, name)
         self.name = name
@@ -101,6 +103,7 @@ class Opened:
         """How often the image was suspended and resumed."""
         self._lost_told = False
         out = ffi.new("x3_image **")
+        cache_bytes = cache_bytes or (READER_CACHE_BYTES if read_only else CACHE_BYTES)
         code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
         if code < 0:
             raise OSError(-code, _message(ffi.NULL) or os.strerror(-code), name)
