@@ -1,4 +1,4 @@
-"""Layers to hold against the contract."""
+"""Fixtures with layers to test against the contract."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def _choose(kind: Kind, *, rootless: bool = False) -> Kind:
 
 @pytest.fixture(params=LOWERS, ids=str)
 def lower_kind(request: pytest.FixtureRequest) -> Kind:
-    """Every kind of layer that can be read."""
+    """Every kind of readable layer."""
     return _choose(request.param)
 
 
 @pytest.fixture(params=UPPERS, ids=str)
 def upper_kind(request: pytest.FixtureRequest) -> Kind:
-    """Every kind of layer that can be written."""
+    """Every kind of writable layer."""
     kind: Kind = request.param
     return _choose(kind, rootless=kind.rootless)
 

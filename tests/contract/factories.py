@@ -1,4 +1,4 @@
-"""The kinds of layers. A new kind gets an entry here and must pass both suites as it is."""
+"""The kinds of layers. A new kind needs an entry here, and must pass both suites unchanged."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tests.support.system import NOBODY, run
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of layer. *lower* opens a layer that shows the same as a directory; *upper* an empty one."""
+    """A kind of layer. *lower* opens a layer that shows a directory; *upper* opens an empty layer."""
 
     name: str
     lower: Callable[[Path], AbstractContextManager[LowerLayer]] | None
     upper: Callable[[Path], AbstractContextManager[UpperLayer]] | None
     privileged: bool = True
-    """May it give files away, make devices, see trusted.*?"""
+    """Whether it can change owners, create devices, and see trusted.*."""
     tick_ns: int = 1
-    """How exactly it keeps times."""
+    """The resolution of its times."""
     rootless: bool = False
-    """Needs no root to be all that as an upper."""
+    """Whether an upper has all these features without root."""
     longest_name: int = 255
     is_aufs: bool = False
-    """Whiteouts and attributes of overlayfs mean something to it."""
+    """Whether it interprets whiteouts and attributes of overlayfs."""
 
     def __str__(self) -> str:
         return self.name
@@ -52,7 +52,7 @@ def _directory(path: Path) -> Iterator[UpperLayer]:
 
 @contextmanager
 def _directory_of_nobody(path: Path) -> Iterator[UpperLayer]:
-    """As an unprivileged user has it; a run that is unprivileged itself stays who it is."""
+    """Run as an unprivileged user, or unchanged if the test run is unprivileged."""
     root = os.geteuid() == 0
     if root:
         os.setegid(NOBODY)
@@ -71,7 +71,7 @@ def _directory_of_nobody(path: Path) -> Iterator[UpperLayer]:
 
 @contextmanager
 def _squashfs(path: Path) -> Iterator[LowerLayer]:
-    """An image of the directory, read in-process."""
+    """Make a squashfs image of the directory and open it."""
     image = path.with_name(f"{path.name}.squashfs")
     run("mksquashfs", path, image, "-quiet", "-no-progress", "-noappend", timeout=120)
     layer = SquashfsLayer(str(image))
@@ -83,7 +83,7 @@ def _squashfs(path: Path) -> Iterator[LowerLayer]:
 
 @contextmanager
 def _tar(path: Path) -> Iterator[LowerLayer]:
-    """An archive of the directory, as GNU tar makes it: it has no sockets."""
+    """Make an archive of the directory with GNU tar, which leaves out sockets."""
     (path / "socket").unlink(missing_ok=True)
     archive = path.with_name(f"{path.name}.tar")
     xattrs = ("--xattrs", "--xattrs-include=*")
@@ -97,7 +97,7 @@ def _tar(path: Path) -> Iterator[LowerLayer]:
 
 @contextmanager
 def _slow(path: Path) -> Iterator[LowerLayer]:
-    """A directory whose filesystem may wait for others, asked in many threads."""
+    """Open a directory as a slow layer, which is asked in many threads."""
     layer = SlowLayer(SharedDirectoryLayer(os.open(path, os.O_PATH | os.O_DIRECTORY), os.fspath(path)))
     serve(layer)
     try:
@@ -119,7 +119,7 @@ def _ext3(block_size: int, inode_size: int) -> Kind:
 
     @contextmanager
     def lower(path: Path) -> Iterator[LowerLayer]:
-        """An image with the directory in it, as the kernel wrote it."""
+        """Make an image with the directory, written by the kernel."""
         from tests.support import ext3
 
         image = ext3.make(path.with_name(f"{path.name}.ext3"), block_size, inode_size)
@@ -142,7 +142,7 @@ def _ext3(block_size: int, inode_size: int) -> Kind:
 
 
 def _aufs(kind: Kind) -> Kind:
-    """A branch of aufs in a layer of another kind, without what is beside it."""
+    """Open a branch of aufs in another kind of layer, without what is beside the branch."""
 
     @contextmanager
     def upper(path: Path) -> Iterator[UpperLayer]:

@@ -1,4 +1,4 @@
-"""LowerLayer: what is read through a layer equals what the kernel shows of the same tree."""
+"""LowerLayer: a layer shows the same as the kernel shows of the same tree."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FOR_ROOT: tree.Tree = {
 
 
 class Place:
-    """A layer and the directory that it must equal."""
+    """A layer, and the directory that it must equal."""
 
     def __init__(self, layer: LowerLayer, path: Path, kind: Kind) -> None:
         self.layer = layer
@@ -60,7 +60,7 @@ class Place:
         self.kind = kind
 
     def find(self, path: str) -> Key:
-        """The key of a path below the root."""
+        """Return the key of a path below the root."""
         key = self.layer.root
         for name in filter(None, path.split("/")):
             found = self.layer.lookup(key, os.fsencode(name))
@@ -69,7 +69,7 @@ class Place:
         return key
 
     def paths(self) -> Iterator[str]:
-        """Every path of the tree."""
+        """Return every path of the tree."""
         for folder, names, files in os.walk(self.path):
             for name in names + files:
                 yield os.path.relpath(os.path.join(folder, name), self.path)
@@ -133,7 +133,7 @@ def test_lookup_gives_the_attributes_too(place: Place) -> None:
 
 
 def test_inode_numbers(place: Place) -> None:
-    """One for all names of an inode, different for different inodes, the same when asked again."""
+    """A key is the same for all names of an inode and at each lookup, and different for each inode."""
     seen: dict[int, tuple[int, int]] = {}
     for path in place.paths():
         ino = place.layer.stat(place.find(path)).st_ino
@@ -226,7 +226,7 @@ def test_segments_hold_all_the_data(place: Place, name: str) -> None:
 @pytest.mark.parametrize("name", ["file", "empty", "big", "sparse"])
 @pytest.mark.parametrize("size", [None, 0, 3, 200_000])
 def test_copying_a_file_out(place: Place, name: str, size: int | None) -> None:
-    """Into another layer's file: all of it, or its beginning; a hole stays one."""
+    """Copy all of a file, or its beginning, to another layer's file; holes stay holes."""
     real = (place.path / name).read_bytes()
     wanted = len(real) if size is None else min(size, len(real))
     with open_there(place.path.parent / "target") as target:
@@ -242,7 +242,7 @@ def test_copying_a_file_out(place: Place, name: str, size: int | None) -> None:
 
 @contextmanager
 def open_there(directory: Path) -> Iterator[File]:
-    """A new file of a directory layer, to copy to."""
+    """Return a new file of a directory layer, to copy to."""
     directory.mkdir()
     layer = open_directory(str(directory))
     _key, file = layer.create(layer.root, b"copy", 0o600, os.geteuid(), os.getegid())
@@ -296,12 +296,12 @@ def test_statfs(place: Place) -> None:
     assert stats.bsize > 0
     assert stats.frsize > 0
     assert stats.blocks > 0
-    assert stats.namemax in {255, 256}  # squashfs says 256, as the kernel does
+    assert stats.namemax in {255, 256}  # squashfs has 256, like the kernel
     assert stats.bavail <= stats.bfree <= stats.blocks
 
 
 def test_deep_directories(place: Place) -> None:
-    """Found step by step, whatever the length of the path."""
+    """Lookups step by step work with paths of any length."""
     key, names = place.layer.root, []
     for name in (b"dir", b"sub", b"deep"):
         found = place.layer.lookup(key, name)
@@ -312,7 +312,7 @@ def test_deep_directories(place: Place) -> None:
 
 
 def test_many_keys_stay_valid(tmp_path: Path, nobody_path: Path, lower_kind: Kind) -> None:
-    """More directories than a layer may keep open at a time, all in use."""
+    """Use more directories than a layer may keep open."""
     base = tmp_path / "wide" if lower_kind.privileged else nobody_path / "wide"
     tree.build(base, {f"d{number}/sub/file": b"%d" % number for number in range(700)})
     assert lower_kind.lower

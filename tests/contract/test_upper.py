@@ -1,4 +1,4 @@
-"""UpperLayer: every change does what the system call of its name does, and keys follow their inodes."""
+"""UpperLayer: each change has the effect of the system call with its name, and keys follow inodes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ T0 = 1_000_000_000_123_456_789
 
 @contextmanager
 def fails(*codes: int) -> Iterator[None]:
-    """The block raises an OSError with one of these errnos."""
+    """Fail unless the block raises an OSError with one of these errnos."""
     with pytest.raises(OSError) as caught:
         yield
     assert caught.value.errno in codes, caught.value
 
 
 def me() -> tuple[int, int]:
-    """The owner that even an unprivileged layer can give."""
+    """Return an owner that even an unprivileged layer can set."""
     return os.geteuid(), os.getegid()
 
 
 def make(upper: UpperLayer, name: bytes, data: bytes = b"", directory: Key = None) -> Key:
-    """A file with *data*."""
+    """Create a file with *data*; return its key."""
     key = create(upper, name, directory=directory)
     if data:
         write(upper, key, data)
@@ -44,7 +44,7 @@ def make(upper: UpperLayer, name: bytes, data: bytes = b"", directory: Key = Non
 def create(
     upper: UpperLayer, name: bytes, mode: int = 0o644, owner: Any = None, directory: Key = None
 ) -> Key:
-    """An empty file; what create() opened is closed."""
+    """Create an empty file, and close it; return its key."""
     where = upper.root if directory is None else directory
     key, file = upper.create(where, name, mode, *(owner or me()))
     file.close()
@@ -52,7 +52,7 @@ def create(
 
 
 def write(upper: UpperLayer, key: Key, data: bytes, offset: int = 0) -> None:
-    """Write through a file of its own."""
+    """Open the file, write, and close it."""
     file = upper.open(key, os.O_RDWR)
     try:
         assert file.pwrite(data, offset) == len(data)
@@ -61,7 +61,7 @@ def write(upper: UpperLayer, key: Key, data: bytes, offset: int = 0) -> None:
 
 
 def read(upper: UpperLayer, key: Key) -> bytes:
-    """The whole content."""
+    """Return the whole content."""
     file = upper.open(key, os.O_RDONLY)
     try:
         return file.pread(1 << 20, 0)
@@ -70,19 +70,19 @@ def read(upper: UpperLayer, key: Key) -> bytes:
 
 
 def names(upper: UpperLayer, directory: Key = None) -> list[bytes]:
-    """What a directory lists."""
+    """Return the names in a directory."""
     return sorted(entry.name for entry in upper.readdir(upper.root if directory is None else directory))
 
 
 def find(upper: UpperLayer, name: bytes, directory: Key = None) -> Key:
-    """A fresh key, found by name."""
+    """Look up a name; return a new key."""
     found = upper.lookup(upper.root if directory is None else directory, name)
     assert found is not None
     return found[0]
 
 
 def ino(upper: UpperLayer, key: Key) -> int:
-    """The inode number."""
+    """Return the inode number."""
     return upper.stat(key).st_ino
 
 
@@ -134,7 +134,7 @@ def test_devices(upper: UpperLayer, upper_kind: Kind) -> None:
         return
     for name, kind, rdev in (
         (b"null", stat.S_IFCHR, os.makedev(1, 3)),
-        *([] if upper_kind.is_aufs else [(b"whiteout", stat.S_IFCHR, 0)]),  # there it is nobody's
+        *([] if upper_kind.is_aufs else [(b"whiteout", stat.S_IFCHR, 0)]),  # aufs has none
         (b"disk", stat.S_IFBLK, os.makedev(259, 70000)),
     ):
         attr = upper.stat(upper.mknod(upper.root, name, kind | 0o600, rdev, 5, 6))
@@ -150,7 +150,7 @@ def test_mode_is_taken_as_it_is(upper: UpperLayer, upper_kind: Kind, mode: int) 
         folder = upper.mkdir(upper.root, b"d", mode & 0o1777, uid, gid)
     finally:
         os.umask(old)
-    for key, wanted in ((file, mode), (folder, mode & 0o1777)):  # mkdir(2) knows no set-ID bits
+    for key, wanted in ((file, mode), (folder, mode & 0o1777)):  # mkdir(2) ignores set-ID bits
         attr = upper.stat(key)
         assert oct(stat.S_IMODE(attr.st_mode)) == oct(wanted)
         assert (attr.st_uid, attr.st_gid) == (uid, gid)
@@ -235,7 +235,7 @@ def test_an_unlinked_inode_lives_by_its_key(upper: UpperLayer, upper_kind: Kind)
 
 
 def test_an_unlinked_link_lives_by_its_key(upper: UpperLayer) -> None:
-    """The key was that of the name which is gone; another name is still there."""
+    """The key belongs to the removed name; another name still exists."""
     key = make(upper, b"a", b"kept")
     upper.link(key, upper.root, b"b")
     upper.unlink(upper.root, b"a", key)
@@ -356,7 +356,7 @@ def test_rename_wrong(upper: UpperLayer) -> None:
 
 
 def test_keys_survive_a_failed_removal(upper: UpperLayer) -> None:
-    """After a rename that failed, the keys still follow their inodes."""
+    """After a failed rename, the keys still follow their inodes."""
     one, two = make(upper, b"1", b"1"), make(upper, b"2", b"2")
     with fails(errno.EEXIST):
         upper.rename((upper.root, b"1"), (upper.root, b"2"), NOREPLACE, moved=one, replaced=two)
@@ -378,7 +378,7 @@ def test_chmod(upper: UpperLayer) -> None:
 
 
 def test_chown(upper: UpperLayer) -> None:
-    """An unprivileged layer remembers the owner that it cannot give."""
+    """An unprivileged layer records the owner that it cannot set."""
     file, folder = make(upper, b"f"), upper.mkdir(upper.root, b"d", 0o755, *me())
     for key in (file, folder):
         upper.chown(key, 1000, 2000)
@@ -476,7 +476,7 @@ def test_file(upper: UpperLayer) -> None:
 
 
 def test_create_opens(upper: UpperLayer) -> None:
-    """For reading and writing, whatever the mode says."""
+    """The mode does not restrict opening for reading and writing."""
     key, file = upper.create(upper.root, b"f", 0o400, *me())
     try:
         assert file.pwrite(b"data", 0) == 4
@@ -487,7 +487,7 @@ def test_create_opens(upper: UpperLayer) -> None:
 
 
 def test_copy_in(upper: UpperLayer) -> None:
-    """All at once, whatever the directory would have it inherit; nobody sees that a name was made."""
+    """All attributes are set at once, whatever the directory's ACL is, and no temporary name is visible."""
     if not takes_whole(upper):
         pytest.skip("this layer makes no copies in one step")
     folder = upper.mkdir(upper.root, b"d", 0o755, 5, 6)
@@ -579,7 +579,7 @@ def test_parents_times_follow(upper: UpperLayer) -> None:
 
 
 def test_nothing_leaks(upper: UpperLayer) -> None:
-    """Descriptors of keys that were forgotten are given back."""
+    """Forgotten keys close their descriptors."""
     before = len(os.listdir("/proc/self/fd"))
     for number in range(50):
         name = b"%d" % number

@@ -1,2 +1,1 @@
-"""The daemon is killed during an operation: afterwards the tree is the old or the new one, and the store is
-sound."""
+"""Kill the daemon during an operation: then the tree is the old or the new one, and the store is sound."""

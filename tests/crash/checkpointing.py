@@ -1,4 +1,4 @@
-"""What is killed: a union that is changed, kept and brought back, step by step, as a seed has it.
+"""The process to kill: change a union, and create, roll back and delete checkpoints, as a seed determines.
 
 The process can kill itself before or after its Nth change to the store. What the tree is after each step, and
 what each checkpoint holds, is written to a file, where that is wanted.
@@ -28,19 +28,19 @@ CHANGES = (
     *("utimens", "truncate", "setxattr", "removexattr", "sync"),
 )
 COMPARED = ("type", "mode", "owner", "xattrs", "size", "content", "target")
-"""What two runs of one seed agree about: neither times nor numbers."""
+"""The facts that are the same in two runs with the same seed, without times and inode numbers."""
 Tree = dict[str, Any]
 
 
 def tree_of(fs: Direct) -> Tree:
-    """What a union shows."""
+    """Return what a union shows."""
     return {
         path: {key: facts[key] for key in COMPARED if key in facts} for path, facts in fs.snapshot().items()
     }
 
 
 class Killer:
-    """Counts the changes to a layer, and ends the process at one of them."""
+    """Count the changes to a layer, and exit the process at one of them."""
 
     def __init__(self, at: int) -> None:
         self.count = 0
@@ -66,7 +66,7 @@ class Killer:
 
 
 class Steps:
-    """The steps of a seed. None of them changes what is seen in more than one way."""
+    """Yield the steps of a seed. Each has only one visible change."""
 
     def __init__(self, fs: Direct, seed: int) -> None:
         self.fs = fs
@@ -81,7 +81,7 @@ class Steps:
         directory = chance.choice(directories).removeprefix(".")
         new = f"{directory}/n{number}".lstrip("/")
         file, act = chance.choice(files or [""]), chance.randrange(14)
-        with suppress(OSError):  # what cannot be is no step
+        with suppress(OSError):  # an operation that fails is no step
             if act <= 1 or not file:
                 fs.create(new, b"", 0o644)
             elif act <= 3:
@@ -114,11 +114,11 @@ class Steps:
             name = self.chance.choice(sorted(self.kept))
             del self.kept[name]
             done_at_once(checkpoint.delete(store, overlay, name))
-            self.fs.remount()  # which merges its layer with the one above
+            self.fs.remount()  # merges its layer with the one above
 
 
 def main(store: str, lower: str, seed: int, count: int, kill_at: int, states: str) -> None:
-    """Do so many steps, and say after each how many changes there were."""
+    """Do this number of steps, and print the number of changes after each."""
     killer = Killer(kill_at)
     fs = Direct(store, [lower])
     steps = Steps(fs, seed)

@@ -1,4 +1,4 @@
-"""SIGKILL at any change to the store while checkpoints are made, gone back to and deleted: old or new."""
+"""SIGKILL at any change to the store during checkpoint operations: the result is old or new."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 40
 
 
 def start(place: Path, kind: str, seed: int, kill_at: int, states: Path | str) -> list[tuple[int, int]]:
-    """Run it on a new store; return what it said: each step that was done, and changes until then."""
+    """Run the steps on a new store; return each completed step and the number of changes until then."""
     store = store_of(place, kind)
     for old in (store, place / "states"):
         run("rm", "-rf", old)
@@ -58,7 +58,7 @@ def store_of(place: Path, kind: str) -> Path:
 
 
 def judge(place: Path, kind: str, states: list[dict[str, checkpointing.Tree]], first: int, last: int) -> None:
-    """The tree and all checkpoints are those after one of these steps."""
+    """Fail unless the tree and all checkpoints are those after one of these steps."""
     store, lower = store_of(place, kind), place / "lower"
     fs = Direct(str(store), [str(lower)])
     seen = checkpointing.tree_of(fs)
@@ -100,7 +100,7 @@ def test_killed(tmp_path: Path, kind: str, seed: int, kills: int) -> None:
     making = [n for n in range(1, STEPS + 1) if states[n]["kept"] != states[n - 1]["kept"]]
     chance = random.Random(seed)
     for _ in range(kills):
-        step = chance.choice(making)  # and what comes after it, if that is more than what it is about
+        step = chance.choice(making)  # and the steps after it
         at = chance.randint(before[step - 1] + 1, before[step] + 5)
         if at < before[STEPS]:
             done = start(tmp_path, kind, seed, at, "")
@@ -112,7 +112,7 @@ def test_killed(tmp_path: Path, kind: str, seed: int, kills: int) -> None:
     ("seed", "cuts"), [(1, 8), *(pytest.param(seed, 100, marks=pytest.mark.nightly) for seed in (2, 3))]
 )
 def test_power_cut(tmp_path: Path, seed: int, cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The power is cut while an image is written to: what was kept is, and nothing is half done."""
+    """After a power cut during writes to an image, checkpoints exist completely or not at all."""
     lower_of(tmp_path)
     store = store_of(tmp_path, "image")
     assert cowfs("create", store, "16").returncode == 0
@@ -126,7 +126,7 @@ def test_power_cut(tmp_path: Path, seed: int, cuts: int, monkeypatch: pytest.Mon
             steps = checkpointing.Steps(fs, seed)
             for number in range(STEPS):
                 states.append({"tree": checkpointing.tree_of(fs), "kept": dict(steps.kept)})
-                synced = states[number]["kept"] != states[number - 1]["kept"]  # they end with that
+                synced = states[number]["kept"] != states[number - 1]["kept"]  # they end with a sync
                 mark(fs, SYNCED if synced else DONE, number)
                 steps.step(number + 1)
             states.append({"tree": checkpointing.tree_of(fs), "kept": dict(steps.kept)})
@@ -140,7 +140,7 @@ def test_power_cut(tmp_path: Path, seed: int, cuts: int, monkeypatch: pytest.Mon
             disk.apply(event, [])
             if event.kind == MARK and event.number >> 56 in known:
                 known[event.number >> 56] = event.number & (1 << 56) - 1
-        with store.open("r+b") as file:  # in its place: a copy would be refused
+        with store.open("r+b") as file:  # in place, because a copy would be refused
             file.write(disk.cut(chance))
         assert recovery.by_engine(store, recovery.OTHER_BOOT) is None
         with suppress(OSError):
@@ -152,6 +152,6 @@ MARK, DONE, SYNCED = 3, 200, 201
 
 
 def mark(fs: Direct, kind: int, number: int) -> None:
-    """Put a mark into the trace."""
+    """Write a mark to the trace."""
     handle = fs.union.store.layer.image.handle  # type: ignore[attr-defined]
     assert lib.x3_mark(handle, kind << 56 | number) == 0

@@ -1,4 +1,4 @@
-"""SIGKILL at random points of a workload; then the dead mount goes, and the store is mounted again.
+"""SIGKILL at random points of a workload; then unmount, and mount the store again.
 
 The kill comes after a random step, and a random moment later, so that it hits within operations too.
 """
@@ -32,7 +32,7 @@ ROUNDS = int(os.environ.get("COWFS_CRASH_ROUNDS", "1"))
 
 
 def rounds(ordinary: int) -> list[Any]:
-    """Seeds: so many for every change, ten for the night."""
+    """Return the seeds: this number by day, ten at night."""
     return [
         pytest.param(seed, marks=[] if seed < ordinary else [pytest.mark.nightly])
         for seed in range(max(ordinary, 10))
@@ -48,7 +48,7 @@ class Place:
     nobody: bool = False
     engine: str | None = None
     finished: int = -1
-    """The last step that was acknowledged."""
+    """The last acknowledged step."""
 
     def __post_init__(self) -> None:
         tree.build(
@@ -73,7 +73,7 @@ class Place:
 
     @contextmanager
     def mounted(self, quiet: bool = True) -> Iterator[Mounted]:
-        """Mount it."""
+        """Mount the store."""
         with mounted(
             self.base / "lower", self.base / "mnt", self.store,
             nobody=self.nobody, engine=self.engine, quiet=quiet,
@@ -81,7 +81,7 @@ class Place:
             yield it
 
     def run_and_kill(self, workload: str, seed: int) -> None:
-        """Run *workload* on a fresh mount, kill the daemon in its midst, clear the dead mount away."""
+        """Run *workload* on a new mount, kill the daemon during it, and remove the dead mount."""
         chance = random.Random(seed)
         kill_at, later = chance.randrange(STEPS[workload]), chance.uniform(0, 0.02)
         with self.mounted(quiet=False) as mount:
@@ -96,28 +96,28 @@ class Place:
                         break
                     self.finished = int(number)
                     if self.finished == kill_at:
-                        time.sleep(later)  # the moment is the point; nothing is waited for
+                        time.sleep(later)  # a random moment, not a wait for something
                         os.kill(pid, signal.SIGKILL)
                 assert child.wait(30) == 0
             clear_away(mount)
             eventually(lambda: not Path(f"/proc/{pid}").exists(), "the killed daemon is gone")
 
     def verify(self, what: str) -> list[str]:
-        """Mount it again, and return what a check by the owner tells of it."""
+        """Mount the store again, and return what a check as its owner prints."""
         prefix = as_nobody_prefix() if self.nobody else []
         with self.mounted() as mount:
             command = [*prefix, sys.executable, "-S", workloads.__file__, what, str(mount.path)]
             return run(*command).stdout.splitlines()
 
     def check_image(self) -> None:
-        """E2fsck finds nothing in the image."""
+        """Fail unless e2fsck finds no error in the image."""
         if self.image:
             eventually(lambda: not in_use(self.store), "the kernel lets go of the image")
             done = run("e2fsck", "-fn", self.store, check=False)
             assert done.returncode == 0, done.stdout
 
     def check_leftovers(self, where: Path) -> None:
-        """After a clean unmount no temporaries are left in the store."""
+        """Fail if temporaries are left in the store after a clean unmount."""
         if not self.image:
             prefix = "user.overlay." if self.nobody else "trusted.overlay."
             assert upper.leftovers(str(self.store), prefix) == []
@@ -131,12 +131,12 @@ class Place:
 
 
 def in_use(image: Path) -> bool:
-    """Is a loop device on the image?"""
+    """Return whether a loop device uses the image."""
     return bool(run("losetup", "-j", image).stdout)
 
 
 def clear_away(mount: Mounted) -> None:
-    """Remove a mount whose daemon is dead, as a user does."""
+    """Remove a mount whose daemon is dead, like a user."""
     if mount.nobody:
         run(*as_nobody_prefix(), "fusermount3", "-uz", mount.path)
     else:
@@ -149,7 +149,7 @@ KINDS = ["image", "image of nobody", "image by the kernel", "directory", "direct
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path, nobody_path: Path) -> Place:
-    """A store of each kind that survives."""
+    """A store of each persistent kind."""
     if os.geteuid() != 0:
         pytest.skip("needs root: to mount, and to act as nobody")
     kind = request.param
@@ -159,7 +159,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, nobody_path: Path) -> 
 
 
 def files_of(mount: Mounted) -> dict[str, tuple[bytes, int]]:
-    """All files with content and mode, read by the owner of the mount: nobody else may."""
+    """Return all files with content and mode, read by the owner of the mount."""
     prefix = as_nobody_prefix() if mount.nobody else []
     done = subprocess.run(
         [*prefix, "tar", "-C", mount.path, "-cf", "-", "."], stdout=subprocess.PIPE, check=True, timeout=60
@@ -173,13 +173,13 @@ def files_of(mount: Mounted) -> dict[str, tuple[bytes, int]]:
 
 
 def lower_path(number: int) -> str:
-    """Where the lower has file *number*."""
+    """Return the path of file *number* in the lower."""
     return f"d{number % 9}/f{number}"
 
 
 @pytest.mark.parametrize("seed", rounds(ROUNDS))
 def test_append(place: Place, seed: int) -> None:
-    """Copied up or not, appended or not: nothing between, and nothing lost."""
+    """Each file is copied up or not, appended to or not; nothing is lost."""
     place.run_and_kill("append", seed)
     with place.mounted() as mount:
         files = files_of(mount)
@@ -194,7 +194,7 @@ def test_append(place: Place, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", rounds(ROUNDS))
 def test_untar(place: Place, seed: int) -> None:
-    """A new file is there up to where it had been written; what was closed is whole."""
+    """A new file has the data written so far; a closed file is complete."""
     place.run_and_kill("untar", 100 + seed)
     with place.mounted() as mount:
         files = files_of(mount)
@@ -208,7 +208,7 @@ def test_untar(place: Place, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", rounds(ROUNDS))
 def test_replace(place: Place, seed: int) -> None:
-    """Write, fsync, rename: each name holds the old content or the whole new one."""
+    """After write, fsync and rename, each name has the old or the complete new content."""
     place.run_and_kill("replace", 200 + seed)
     with place.mounted() as mount:
         files = files_of(mount)
@@ -220,7 +220,7 @@ def test_replace(place: Place, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", rounds(ROUNDS))
 def test_shuffle(place: Place, seed: int) -> None:
-    """Removed, renamed, changed, or as before; what was answered stays so."""
+    """Each name is removed, renamed, changed, or unchanged; acknowledged operations remain."""
     place.run_and_kill("shuffle", 300 + seed)
     with place.mounted() as mount:
         files = files_of(mount)
@@ -240,7 +240,7 @@ def test_shuffle(place: Place, seed: int) -> None:
         same = data == content(number)
         assert same, f"file {number} has other bytes"
         done.append("moved" in there[0] if number % 3 == 1 else mode == 0o600)
-    # All files of every third directory are removed.
+    # Every third directory loses all its files.
     done += [any(path.startswith(f"m{number}/") for path in files) for number in range(9) if number % 3]
     assert done == sorted(done, reverse=True), "something is there, and what came before it is not"
     assert all(done[: min(place.finished + 1, FILES)])
@@ -250,7 +250,7 @@ def test_shuffle(place: Place, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", rounds(1))
 def test_names(place: Place, seed: int) -> None:
-    """Made, moved and removed, without any fsync: all that was answered, and at most one step more."""
+    """Without any fsync, all acknowledged operations remain, and at most one more."""
     place.run_and_kill("names", 400 + seed)
     found = set(place.verify("verify-names"))
     assert found in (named_after(place.finished), named_after(place.finished + 1))
@@ -259,7 +259,7 @@ def test_names(place: Place, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", rounds(1))
 def test_git(place: Place, seed: int) -> None:
-    """All commits are there, and git finds nothing broken."""
+    """All commits exist, and git fsck finds no error."""
     place.run_and_kill("git", 500 + seed)
     (count,) = place.verify("verify-git")
     assert int(count) in {place.finished + 1, place.finished + 2}
@@ -269,7 +269,7 @@ def test_git(place: Place, seed: int) -> None:
 @pytest.mark.parametrize("synchronous", ["full", "normal"])
 @pytest.mark.parametrize("seed", rounds(1))
 def test_sqlite(place: Place, seed: int, synchronous: str) -> None:
-    """All transactions are there, those that sqlite did not sync too."""
+    """All transactions exist, including those that sqlite did not sync."""
     place.run_and_kill(f"sqlite-{synchronous}", 600 + seed)
     (count,) = place.verify("verify-sqlite")
     assert int(count) in {place.finished + 1, place.finished + 2}
@@ -279,7 +279,7 @@ def test_sqlite(place: Place, seed: int, synchronous: str) -> None:
 @needs_root
 @pytest.mark.parametrize("seed", range(ROUNDS * 2))
 def test_large_copy_up(tmp_path: Path, seed: int) -> None:
-    """Killed while one large file is being copied."""
+    """Kill the daemon while it copies a large file up."""
     big = random.Random(1).randbytes(1 << 20) * 40
     tree.build(tmp_path / "lower", {"big": big})
     assert cowfs("create", tmp_path / "store.bs", "96").returncode == 0
@@ -290,7 +290,7 @@ def test_large_copy_up(tmp_path: Path, seed: int) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
             assert child.stdout
             assert child.stdout.readline() == "go\n"
-            time.sleep(random.Random(seed).uniform(0, 0.06))  # somewhere in the copy
+            time.sleep(random.Random(seed).uniform(0, 0.06))  # a random moment of the copy
             os.kill(pid, signal.SIGKILL)
             child.wait(30)
         clear_away(mount)
@@ -305,7 +305,7 @@ def test_large_copy_up(tmp_path: Path, seed: int) -> None:
 
 @needs_root
 def test_a_dead_mount_is_cleared_away_by_umount(tmp_path: Path) -> None:
-    """``cowfs umount`` works on a mount whose daemon is gone, and the store can be used at once."""
+    """``cowfs umount`` works on a mount with a dead daemon, and the store can be used at once."""
     tree.build(tmp_path / "lower", {"file": b"x"})
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store", quiet=False) as mount:
         os.kill(mount.pid(), signal.SIGKILL)

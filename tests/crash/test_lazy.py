@@ -1,4 +1,4 @@
-"""SIGKILL while a large file is written to and copied up behind that; then it is mounted, and compared."""
+"""SIGKILL during writes to a large file and its copy-up in the background; then compare after a mount."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ except OSError:
 
 
 def replay(model: bytearray, chance: random.Random) -> tuple[int, bytes]:
-    """Do to the model what the writer does next; return what it was that was written over."""
+    """Do the writer's next step on the model; return the data that it overwrites."""
     data = chance.randbytes(chance.choice([1, 100, 4096, 70_000]))
     at = chance.randrange(len(BIG))
     chance.random()
@@ -54,7 +54,7 @@ def replay(model: bytearray, chance: random.Random) -> tuple[int, bytes]:
 @pytest.mark.parametrize("nobody", [False, True], ids=["root", "nobody"])
 @pytest.mark.parametrize("seed", rounds(1))
 def test_killed_while_it_is_copied_up(tmp_path: Path, nobody_path: Path, seed: int, nobody: bool) -> None:
-    """What was written is there, what was not is the lower's, and the next mount brings up the rest."""
+    """Written data is there, the rest is the lower's, and the next mount copies the rest up."""
     base = nobody_path if nobody else tmp_path
     uid = NOBODY if nobody else 0
     tree.build(base / "lower", {"big": Node(data=BIG, uid=uid, gid=uid)})
@@ -71,7 +71,7 @@ def test_killed_while_it_is_copied_up(tmp_path: Path, nobody_path: Path, seed: i
             assert child.stdout
             child.stdout.readline()
             acknowledged = 0
-            end = time.monotonic() + random.Random(seed).uniform(1.8, 4.5)  # the copying begins after 2 s
+            end = time.monotonic() + random.Random(seed).uniform(1.8, 4.5)  # copying starts after 2 s
             for line in child.stdout:
                 acknowledged = int(line)
                 if time.monotonic() > end:
@@ -102,7 +102,7 @@ def test_killed_while_it_is_copied_up(tmp_path: Path, nobody_path: Path, seed: i
 
 
 def compare(found: bytes, old: bytes, new: bytes) -> None:
-    """The file is as it was after what was acknowledged, and the next write may be there, or some of it."""
+    """The file has all acknowledged writes, and perhaps all or part of the next one."""
     assert len(found) in {len(old), len(new)} or len(old) < len(found) < len(new)
     for at in range(0, len(found), 4096):
         here = found[at : at + 4096]

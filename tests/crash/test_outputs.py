@@ -1,4 +1,4 @@
-"""What is written from a store, killed or out of room at any call: whole in the end, or as it was.
+"""Outputs of a store, with a kill or a full disk at any system call: they are complete or unchanged.
 
 A child of the test does it, and its Nth call that changes a filesystem kills it, or fails; or no file may be
 longer than so many bytes.
@@ -49,7 +49,7 @@ NEEDS_ROOM = {
     "open",
 }
 REFUSED, BROKEN, DONE = 3, 4, 0
-"""How a child ends: with an error that users are told, with another one, without."""
+"""Exit codes of a child: an error for users, another error, success."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def programs_for(*names: str) -> None:
-    """Skip the test where one of them is not installed."""
+    """Skip the test unless all programs are installed."""
     for name in names:
         if shutil.which(name) is None:
             pytest.skip(f"needs {name}")
@@ -92,7 +92,7 @@ def programs_for(*names: str) -> None:
 
 @dataclass
 class Output:
-    """Something that is written: by a call with the place, and what there is before it."""
+    """An output: the call that writes it to a place, and what exists there before."""
 
     write: Callable[[Path, Path], object]
     before: Callable[[Path, Path], object] = lambda made, place: None
@@ -143,7 +143,7 @@ def _changed(call: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def _child(work: Callable[[], object], at: int, what: str, tell: int) -> None:
-    """Do *work* in this process, whose call number *at* is the last, or fails; then exit."""
+    """Do *work* in this process; call number *at* kills the process or fails. Then exit."""
     count = 0
 
     def wrapped(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,7 +180,7 @@ def _child(work: Callable[[], object], at: int, what: str, tell: int) -> None:
 
 
 def _run(work: Callable[[], object], at: int, what: str) -> tuple[int, str, int]:
-    """Do it in a child; return its exit code (or -signal), what it said, and how many calls it made."""
+    """Run *work* in a child; return its exit code or -signal, its output, and the number of calls."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -193,14 +193,14 @@ def _run(work: Callable[[], object], at: int, what: str) -> tuple[int, str, int]
 
 
 def _seen(place: Path) -> object:
-    """Return what is there, as far as it does not differ from one time to the next."""
+    """Return the content of a place, without what differs between runs."""
     found = {}
     for name in os.listdir(place):
         path = place / name
         if name == "root" or not name.startswith("out"):
             continue
         content = b"" if path.is_dir() else path.read_bytes()
-        if content[1080:1082] == b"\x53\xef":  # an image, each with a mark of its own
+        if content[1080:1082] == b"\x53\xef":  # an image, which has its own UUID
             run("e2fsck", "-fn", path)
             found[name] = _changes(path)
         else:
@@ -215,7 +215,7 @@ def _changes(store: Path) -> object:
 
 
 def _facts(tree: Snapshot) -> dict[str, object]:
-    """Return what of a tree does not depend on when it was made."""
+    """Return the facts of a tree that do not depend on its time."""
     known = ("type", "mode", "content", "target", "xattrs")
     return {path: {name: facts.get(name) for name in known} for path, facts in tree.items()}
 
@@ -251,7 +251,7 @@ def _try(made: Path, top: Path, name: str, how_many: int, seed: int = SEED) -> N
             assert now in (before, whole) or name == "gnutar with a list", told
             left = [each for each in os.listdir(place) if each.startswith(".")]
             assert what == "kill" or not left, f"{told}: left {left}"
-            with suppress(CowfsError):  # it is there already, and whole
+            with suppress(CowfsError):  # it exists already and is complete
                 output.write(made, place)
             assert _seen(place) == whole, told
             assert not [each for each in os.listdir(place) if each.startswith(".")], told
@@ -269,7 +269,7 @@ def test_it_is_whole_or_as_it_was_at_many_points(made: Path, tmp_path: Path, nam
 
 
 def _apply(made: Path, top: Path, how_many: int, seed: int = SEED) -> None:
-    """Contents are old or new whenever it ends, and the next completes it."""
+    """Contents are old or new at any end, and the next run completes the work."""
     reference = top / "reference"
     run("cp", "-a", made / "lower", reference)
     old = snapshot(reference)

@@ -1,4 +1,4 @@
-"""SIGKILL at any change to the store while `cowfs rebase` is at work: the old store, or the new one."""
+"""SIGKILL at any change to the store during `cowfs rebase`: the store is the old or the new one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(killer.count)
 
 
 def killed(store: Path, old: Path, new: Path, at: int) -> list[int]:
-    """Let it be killed at a change; 0: let it be, and return the number at the exchange and at the end."""
+    """Kill the rebase at change *at*. If 0, do not; return the numbers of the exchange and of the end."""
     env = {**os.environ, "PYTHONPATH": project_root()}
     command = [sys.executable, "-c", KILLED, str(store), str(old), str(new), str(at)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=60)
@@ -75,7 +75,7 @@ def test_killed(tmp_path: Path, seed: int, kills: int) -> None:
         assert store_info(str(place))["layers"] == []
         if store.suffix:
             assert cowfs("check", "-n", place).returncode == 0
-        if lower == old:  # and it can be done again
+        if lower == old:  # the rebase can be repeated
             assert run(place, old, new).new[0].path == str(new)
             assert facts_of(seen(place, new)) == after
     assert found == {old, new}
@@ -86,7 +86,7 @@ def test_killed(tmp_path: Path, seed: int, kills: int) -> None:
     [(1, 1), *(pytest.param(seed, 40, marks=pytest.mark.nightly) for seed in range(2, 8))],
 )
 def test_killed_with_checkpoints(tmp_path: Path, seed: int, kills: int) -> None:
-    """Of each checkpoint there is one, at any time: of the old root, or of the new one."""
+    """Each checkpoint exists once at any time, on the old or the new root."""
     old, store, chance = with_checkpoints(tmp_path, seed, moves=True, links=True)
     new = tmp_path / "new"
     shutil.copytree(old, new, symlinks=True)
@@ -106,7 +106,7 @@ def test_killed_with_checkpoints(tmp_path: Path, seed: int, kills: int) -> None:
 
 
 def all_facts(store: Path, lower: Path, place: Path) -> dict[str, object]:
-    """Return what a store shows now and at each checkpoint; opening it completes what was cut short."""
+    """Open a store, which completes interrupted work; return what it shows now and at each checkpoint."""
     with closing(open_store(str(store))):
         pass
     return {name: facts_of(one) for name, one in states(store, lower, place).items()}

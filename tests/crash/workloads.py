@@ -1,4 +1,4 @@
-"""What goes on while the daemon is killed; ``python workloads.py NAME ROOT`` tells of each step on stdout.
+"""Workloads to kill the daemon in: ``python workloads.py NAME ROOT`` prints each step to stdout.
 
 Standard library only. Ends with exit code 0 as soon as the filesystem does not answer any more.
 """
@@ -21,18 +21,18 @@ MARK = b"-- appended --\n"
 
 
 def content(number: int) -> bytes:
-    """What file *number* of the lower holds: some are empty, some larger than one request."""
+    """Return the content of file *number* of the lower. Some are empty, some larger than a request."""
     size = (0, 10, 5_000, 70_000, 300_000)[number % 5]
     return (b"%06d:" % number * (size // 7 + 1))[:size]
 
 
 def fresh(number: int) -> bytes:
-    """What the new file *number* shall hold."""
+    """Return the content of the new file *number*."""
     return content(number)[::-1] + b"end"
 
 
 def append(root: str) -> Iterator[str]:
-    """Append to every file of the lower: each is copied up."""
+    """Append to every file of the lower, which copies each up."""
     for number in range(FILES):
         fd = os.open(f"{root}/d{number % 9}/f{number}", os.O_WRONLY | os.O_APPEND)
         try:
@@ -45,7 +45,7 @@ def append(root: str) -> Iterator[str]:
 
 
 def untar(root: str) -> Iterator[str]:
-    """New directories and files, as an archive is unpacked."""
+    """Create directories and files, like unpacking an archive."""
     for number in range(FILES):
         folder = f"{root}/new/n{number % 7}"
         os.makedirs(folder, exist_ok=True)
@@ -62,7 +62,7 @@ def untar(root: str) -> Iterator[str]:
 
 
 def replace(root: str) -> Iterator[str]:
-    """As editors save: a new file, synced, takes the place of the old one."""
+    """Save files like editors: write and sync a new file, and rename it over the old one."""
     for number in range(FILES):
         path = f"{root}/d{number % 9}/f{number}"
         fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -76,7 +76,7 @@ def replace(root: str) -> Iterator[str]:
 
 
 def shuffle(root: str) -> Iterator[str]:
-    """Renames, removals and new attributes."""
+    """Rename and remove files, and change attributes."""
     for number in range(FILES):
         path = f"{root}/d{number % 9}/f{number}"
         if number % 3 == 0:
@@ -92,7 +92,7 @@ def shuffle(root: str) -> Iterator[str]:
 
 
 def names(root: str) -> Iterator[str]:
-    """Directories and files are made, moved and removed, without any fsync."""
+    """Create, move and remove directories and files without fsync."""
     os.mkdir(f"{root}/names")
     yield "done 0"
     for number, step in enumerate(named_steps(), 1):
@@ -106,7 +106,7 @@ def names(root: str) -> Iterator[str]:
 
 
 def named_steps() -> Iterator[tuple[str, ...]]:
-    """What `names` does, the same each time."""
+    """Yield the operations of `names`, the same in each run."""
     chance, directories = random.Random(1), [""]
     files: list[str] = []
     for number in range(STEPS["names"]):
@@ -131,7 +131,7 @@ def named_steps() -> Iterator[tuple[str, ...]]:
 
 
 def empty_one(directories: list[str], files: list[str]) -> str:
-    """A directory that has nothing in it; an empty string if there is none."""
+    """Return an empty directory, or "" if there is none."""
     return next(
         (
             one for one in directories[1:]
@@ -142,7 +142,7 @@ def empty_one(directories: list[str], files: list[str]) -> str:
 
 
 def named_after(steps: int) -> set[str]:
-    """What there is when so many steps of `names` have been done."""
+    """Return the tree after this number of steps of `names`."""
     found: set[str] = set()
     for how, *where in list(named_steps())[:steps]:
         if how in {"rename", "unlink", "rmdir"}:
@@ -153,7 +153,7 @@ def named_after(steps: int) -> set[str]:
 
 
 def git(root: str) -> Iterator[str]:
-    """A repository, and one commit after the other."""
+    """Create a repository and one commit after the other."""
     run_git(root, "init", "-q", f"{root}/repository")
     for number in range(STEPS["git"]):
         for name in (f"file{number}", "changed"):
@@ -165,7 +165,7 @@ def git(root: str) -> Iterator[str]:
 
 
 def run_git(root: str, *arguments: str) -> str:
-    """Run git. ENOTCONN when that is because *root* does not answer any more."""
+    """Run git. Raise ENOTCONN if it fails because *root* no longer answers."""
     settings = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "HOME": root}
     who = ["-c", "user.name=nobody", "-c", "user.email=nobody", "-c", "gc.auto=0"]
     done = subprocess.run(
@@ -178,7 +178,7 @@ def run_git(root: str, *arguments: str) -> str:
 
 
 def sqlite(root: str, mode: str, synchronous: str) -> Iterator[str]:
-    """A row in each transaction."""
+    """Insert a row in each transaction."""
     with closing(sqlite3.connect(f"{root}/database", isolation_level=None)) as database:
         database.execute(f"pragma journal_mode={mode}")
         database.execute(f"pragma synchronous={synchronous}")
@@ -204,14 +204,14 @@ STEPS = {
     **dict.fromkeys(("append", "untar", "replace", "shuffle"), FILES),
     **{"names": 400, "git": 8, "sqlite-full": 60, "sqlite-normal": 150},
 }
-"""How many steps a workload has that the daemon may be killed after."""
+"""The number of steps of each workload after which the daemon may be killed."""
 
 
 # --- afterwards
 
 
 def verify_git(root: str) -> Iterator[str]:
-    """Tell how many commits there are; nothing is broken."""
+    """Print the number of commits; fail if the repository is broken."""
     repository = f"{root}/repository"
     if not os.path.exists(f"{repository}/.git/refs/heads"):
         yield "0"
@@ -222,7 +222,7 @@ def verify_git(root: str) -> Iterator[str]:
 
 
 def verify_sqlite(root: str) -> Iterator[str]:
-    """Tell how many rows there are; all of them are whole, and none is missing between."""
+    """Print the number of rows; fail if any is damaged or missing."""
     with closing(sqlite3.connect(f"{root}/database")) as database:
         assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
         if not database.execute("select count(*) from sqlite_master").fetchone()[0]:
@@ -234,7 +234,7 @@ def verify_sqlite(root: str) -> Iterator[str]:
 
 
 def verify_names(root: str) -> Iterator[str]:
-    """Tell of everything that there is."""
+    """Print the whole tree."""
     top = f"{root}/names"
     for where, directories, files in os.walk(top):
         for name in (*directories, *files):
@@ -254,7 +254,7 @@ def main() -> None:
         for said in WORKLOADS[name](root):
             print(said, flush=True)
     except (OSError, sqlite3.Error) as error:
-        # ECANCELED: of a request that the kernel was about to give to a ring (fuse_uring_send_in_task()).
+        # ECANCELED: the kernel was about to put the request into a ring (fuse_uring_send_in_task()).
         gone = {errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED, errno.EIO}
         if isinstance(error, sqlite3.Error) or error.errno not in gone:
             wait_until_gone(root, error)
@@ -262,7 +262,7 @@ def main() -> None:
 
 
 def wait_until_gone(root: str, why: Exception) -> None:
-    """Raise *why* unless it is that the filesystem does not answer, at once or soon."""
+    """Raise *why* unless the filesystem does not answer, now or soon."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
         try:

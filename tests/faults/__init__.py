@@ -1,1 +1,1 @@
-"""The Nth call of the upper layer fails, for every N: the merged tree is the old or the new one."""
+"""Let the Nth call of the upper layer fail, for every N: the merged tree must be the old or the new one."""

@@ -31,20 +31,20 @@ CALLS = ALLOCATES | {
 
 @dataclass
 class Fault:
-    """Which call fails, and how."""
+    """The call that fails, and its error."""
 
     code: int
     at: int
-    """The number of the call that fails, counted from 1; 0: none does."""
+    """The number of the failing call, from 1; 0 for none."""
     for_good: bool = False
-    """Does every call from then on fail as well, as on a disk that is gone?"""
+    """Whether every later call fails too, like on a lost disk."""
     calls: frozenset[str] = CALLS
     armed: bool = False
     count: int = 0
     hit: list[str] = field(default_factory=list)
 
     def check(self, name: str) -> None:
-        """Count a call; raise when it is its turn."""
+        """Count a call; raise the error if it is the failing one."""
         if not self.armed or name not in self.calls:
             return
         self.count += 1
@@ -54,7 +54,7 @@ class Fault:
 
 
 class Faulty:
-    """A layer or file, all calls of which go through a :class:`Fault`."""
+    """A layer or file whose calls all go through a :class:`Fault`."""
 
     def __init__(self, inner: Any, fault: Fault) -> None:
         self._inner = inner
@@ -80,7 +80,7 @@ class Faulty:
         return checked
 
     def fileno(self) -> int:
-        """-1, so that copying goes through calls that can fail here."""
+        """Return -1, so that copies use calls that can fail here."""
         return -1 if hasattr(self._inner, "pwrite") else int(self._inner.fileno())
 
 

@@ -1,4 +1,4 @@
-"""From a bare Debian, with git and make only, to the demonstration, an installation, and the checks."""
+"""From a bare Debian with only git and make to the demo, an installation, and the checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [needs_root, needs_fuse, pytest.mark.nightly, pytest.mark.timeout(4
 PROJECT = Path(project_root())
 CACHE = PROJECT / ".cache" / "release"
 BARE = ("git", "make")
-"""What README says that a bare system needs."""
+"""The packages that README asks for."""
 PATIENCE = 3 * 3600.0
 
 _APART = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -47,7 +47,7 @@ exit 1
 
 
 class Bare:
-    """A Debian as debootstrap leaves it, with the source of cowfs in /src."""
+    """A Debian from debootstrap, with the source of cowfs in /src."""
 
     def __init__(self, suite: str) -> None:
         self.root = CACHE / suite
@@ -77,7 +77,7 @@ class Bare:
         self._copy_source()
 
     def _copy_source(self) -> None:
-        """What git knows, or would take, as it is now; in a repository, for make lint asks git for names."""
+        """Copy all files that git tracks or would add to a repository: make lint asks git for names."""
         listed = subprocess.run(
             ["git", "-c", "safe.directory=*", "ls-files", "-coz", "--exclude-standard"],
             cwd=PROJECT, capture_output=True, check=True,
@@ -94,7 +94,7 @@ class Bare:
         self.run("git init -q && git add -A")
 
     def run(self, command: str) -> None:
-        """Run a command of the shell in /src. The log has what it says, a failure's message the end of it."""
+        """Run a shell command in /src. Its output goes to the log, and the end of it to a failure message."""
         environment = {
             **debian.environment(),
             "HOME": "/root",
@@ -120,7 +120,7 @@ class Bare:
         assert done.returncode == 0, f"{command}: failed; all of it is in {self.log}\n{end}"
 
     def remove(self) -> None:
-        """Take the tree away, which is left for looking at when a test has failed."""
+        """Remove the tree, unless a test has failed."""
         shutil.rmtree(self.root)
 
 
@@ -133,13 +133,13 @@ def _made(suite: str) -> Bare:
 
 @pytest.fixture
 def bare(request: pytest.FixtureRequest) -> Bare:
-    """A fresh one, of the test's suite."""
+    """A new one, of the test's suite."""
     return _made(request.param)
 
 
 @pytest.fixture(scope="module")
 def ready(request: pytest.FixtureRequest) -> Iterator[Bare]:
-    """One of that suite for several tests, with what it takes to run the checks."""
+    """One of that suite for several tests, with everything that the checks need."""
     made = _made(request.param)
     made.run("scripts/setup --test")
     yield made
@@ -166,14 +166,14 @@ def test_make_demo(bare: Bare) -> None:
 
 @BOTH
 def test_make_install_and_uninstall(bare: Bare) -> None:
-    """What is installed is what packaging/files lists, and nothing of it is left."""
+    """The installed files are those in packaging/files, and uninstalling removes all."""
     bare.run("tests/release/installed.sh")
     bare.remove()
 
 
 @BOTH
 def test_pipx(bare: Bare) -> None:
-    """Each refusal names the packages that are missing; with them pipx install works."""
+    """Each error names the missing packages; with them, pipx install works."""
     bare.run("tests/release/by_pipx.sh")
     bare.remove()
 
@@ -192,13 +192,13 @@ tests/boot and make lint are not among them: they say the same wherever they run
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("ready", ["bookworm", "trixie"], indirect=True, scope="module")
 def test_make_test(ready: Bare, part: str) -> None:
-    """What the day's checks run."""
+    """Run the checks of the day."""
     ready.run(f"make test PYTEST_ARGS='-n 2 --dist worksteal {part}'")
 
 
 @pytest.mark.parametrize("bare", ["trixie"], indirect=True)
 def test_the_libfuse_to_come(bare: Bare) -> None:
-    """Debian unstable's, with the rest of Debian 13."""
+    """Debian unstable's Python, with the rest of Debian 13."""
     source = f"deb {debian.mirror()} sid main"
     pinned = "Package: *\\nPin: release n=sid\\nPin-Priority: 50\\n"
     bare.run("scripts/setup --test")  # what is not to come from there

@@ -1,4 +1,4 @@
-"""The Debian packages: what is in them, and what lintian and a bare Debian say of them. For the night."""
+"""The Debian packages: their content, and tests with lintian and on a bare Debian. Nightly."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_lintian_finds_nothing(packages: list[Path]) -> None:
 @pytest.mark.skipif(shutil.which("debootstrap") is None, reason="needs debootstrap (scripts/setup --boot)")
 @pytest.mark.parametrize("suite", ["bookworm", "trixie"])
 def test_made_on_one_bare_system_and_used_on_another(suite: str) -> None:
-    """``make deb`` on each release; a bare system gets by the packages all that they need."""
+    """``make deb`` on each release; the packages bring everything that a bare system needs."""
     made = CACHE / f"{suite}.packages"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Stores that earlier versions have made are mounted, read and written by this one."""
+"""This version mounts, reads and writes stores of earlier versions."""
 
 from __future__ import annotations
 

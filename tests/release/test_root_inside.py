@@ -1,4 +1,4 @@
-"""Programs of root work for a user with `cowfs run`, on a whole Debian: apt, dpkg and useradd, too."""
+"""Programs of root work for a user with `cowfs run` on a whole Debian: apt, dpkg and useradd."""
 
 from __future__ import annotations
 

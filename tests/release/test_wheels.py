@@ -1,4 +1,4 @@
-"""A wheel for each Python that is here: it installs, and what it installs mounts. For the night."""
+"""The wheel for each installed Python can be installed, and mounts. Nightly."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ $cowfs umount mnt
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(shutil.which("debootstrap") is None, reason="needs debootstrap (scripts/setup --boot)")
 def test_a_wheel_of_the_python_to_come() -> None:
-    """Debian unstable's, which has the newest."""
+    """Debian unstable's Python, the newest."""
     CACHE.mkdir(parents=True, exist_ok=True)
     bare = Bare("sid")
     bare.run(f"set -e; {_MADE_AND_USED}")

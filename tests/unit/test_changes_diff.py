@@ -1,4 +1,4 @@
-"""`diff` of uppers made by hand, with the marks that an unprivileged overlay makes (user.overlay.*)."""
+"""`diff` of uppers that are made by hand, with the attributes of an unprivileged overlay (user.overlay.*)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def layers() -> Iterator[Callable[..., list[DirectoryLayer]]]:
 
 @pytest.fixture
 def found(layers: Any) -> Callable[..., list[str]]:
-    """The lines of `diff` of an upper and its lowers, topmost first."""
+    """Return the lines of `diff` of an upper and its lowers, topmost first."""
 
     def call(upper: Tree, *lowers: Tree) -> list[str]:
         top, *rest = layers(upper, *lowers)
@@ -107,7 +107,7 @@ def test_another_device_than_0_0_is_no_whiteout(tree: Any, found: Any) -> None:
 
 
 def test_an_empty_file_with_the_attribute_is_a_whiteout(tree: Any, found: Any) -> None:
-    """Of the upper, and of a lower above another."""
+    """Whiteouts of the upper, and of a lower above another."""
     upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
     for name in ("gone", "full", "both"):
         bottom.file(name)
@@ -143,7 +143,7 @@ def test_the_middle_layer_hides_and_renames(tree: Any, found: Any) -> None:
     middle.directory("new", redirect=b"old")
     middle.whiteout("old")
     middle.file("file")
-    # The same again on top: only what the merged lowers lacked is new.
+    # The same upper on top: only names that the merged lowers lack are new.
     upper.file("hidden/a")
     upper.file("opaque/below")
     upper.file("new/in")
@@ -188,7 +188,7 @@ def test_a_metacopy_in_the_middle_has_its_data_below(tree: Any, found: Any) -> N
 
 
 def test_an_absolute_redirect_leads_out_of_a_renamed_directory(tree: Any, found: Any) -> None:
-    """What it leads to is looked for in the layers below, not in the one that has the redirect."""
+    """Its target is in the layers below, not in the layer with the redirect."""
     upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
     bottom.file("p/other")
     bottom.file("x/b/old")
@@ -283,9 +283,9 @@ def test_an_index_entry_changes_every_name_of_its_inode(tree: Any, layers: Any, 
     index = Tree(tmp_path / "upper/index")
     name = index_name(make_origin(handle)).decode()
     index.file(name, "changed")
-    index.file("00fb" + "0" * 40)  # of an inode that is not there
+    index.file("00fb" + "0" * 40)  # of a missing inode
     index.file("#1")
-    # An upper has no such directory: this one is told as new, which makes sure that it is not an alias.
+    # An upper has no such directory: it is shown as new, which proves that it is not an alias.
     key = top.lookup(top.root, b"index")[0]
     lines = [text for text in render(diff(top, top.root, [below], PREFIX, key)) if "index" not in text]
     assert lines == ["M  deep/er/one  (content)", "M  two  (content)"]
@@ -314,7 +314,7 @@ def test_a_second_name_in_the_place_of_another_file(tree: Any, found: Any) -> No
 
 
 class Busy:
-    """A layer in use: before the *moment*th call, *victim* is removed by somebody else."""
+    """A layer in use: before call number *moment*, another program removes *victim*."""
 
     def __init__(self, layer: DirectoryLayer, victim: Path, moment: int) -> None:
         self._layer, self._victim, self._left = layer, victim, moment

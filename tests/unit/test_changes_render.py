@@ -1,4 +1,4 @@
-"""Changes as text and as JSON: nothing is lost, and nothing can be mistaken for something else."""
+"""Changes as text and as JSON lose nothing, and are unambiguous."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cowfs.changes.render import Summary, escape, from_json, json_line, line, render, to_json, unescape
 from cowfs.types import Change
 
-# Whatever is ours in a line comes often: spaces, arrows, brackets, slashes, escapes.
+# The characters with a meaning in a line are frequent: spaces, arrows, brackets, slashes, escapes.
 nasty = st.lists(
     st.sampled_from(
         [b" ", b"->", b"(", b")", b"\\", b"\n", b"a", b"\xff", "é".encode(), b"\033[31m", b"040"]
@@ -60,7 +60,7 @@ def test_names_that_look_like_ours(one: Change, two: Change) -> None:
 
 
 def _same(one: Change, two: Change) -> bool:
-    """Alike in all that text tells: the types of what is no directory are not told."""
+    """Both are equal in the text, which does not show the types of non-directories."""
     slash = [change.type == "directory" for change in (one, two)]
     # A directory `a` and a file `a/` would look alike, but no file has a slash at its end.
     paths = [

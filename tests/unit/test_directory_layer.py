@@ -1,4 +1,4 @@
-"""What a directory layer holds, it lets go of: a store's filesystem is unmounted by its last descriptor."""
+"""A directory layer closes all its descriptors, so that a store's filesystem can be unmounted."""
 
 from __future__ import annotations
 

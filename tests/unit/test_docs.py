@@ -1,4 +1,4 @@
-"""What the documentation says of the command line is what the command line knows."""
+"""The commands and options in the documentation exist in the command line."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _COMMAND = re.compile(r"(?<![\w./-])cowfs +([a-z]+)\b(?!=)([^|;&`)]*)")
 
 
 def known(subcommand: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """The options that a subcommand has, as its help tells them."""
+    """Return the options of a subcommand, from its help."""
     with pytest.raises(SystemExit):
         main([subcommand, "--help"])
     said = capsys.readouterr().out
@@ -31,7 +31,7 @@ def known(subcommand: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 
 def code(text: str) -> Iterator[str]:
-    """Every line of code in Markdown, and every piece of code in a line, with what it wraps over joined."""
+    """Yield every line of code in Markdown, and every inline code, with wrapped lines joined."""
     fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     indented = re.findall(r"^(?:    |\t)(.*)$", text, re.MULTILINE)
@@ -43,16 +43,16 @@ def code(text: str) -> Iterator[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Every ``cowfs SUBCOMMAND`` in Markdown's code, with its options."""
+    """Yield every ``cowfs SUBCOMMAND`` in Markdown's code, with its options."""
     for line in code(text):
-        if re.match(r"cowfs: ", line):  # what it answers
+        if re.match(r"cowfs: ", line):  # its output
             continue
         for match in _COMMAND.finditer(line.partition(" #")[0] if not line.startswith("#") else line):
-            yield match[1], _OPTION.findall(match[2].partition(" -- ")[0])  # what follows is another's
+            yield match[1], _OPTION.findall(match[2].partition(" -- ")[0])  # the rest is not for cowfs
 
 
 def manual() -> dict[str, set[str]]:
-    """The options that the manual page describes, by subcommand."""
+    """Return the options in the manual page, by subcommand."""
     found: dict[str, set[str]] = {}
     subcommand = ""
     for line in MANUAL.read_text().partition(".Sh COMMANDS")[2].partition(".Sh ENV")[0].splitlines():
@@ -75,7 +75,7 @@ def test_every_command_in_the_guides_exists(capsys: pytest.CaptureFixture[str]) 
             else:
                 wrong += [f"{guide.name}: cowfs {subcommand} {o}" for o in given if o not in have[subcommand]]
     assert not wrong
-    assert seen >= 50  # that they are found at all
+    assert seen >= 50  # fails if the search finds nothing
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
@@ -86,7 +86,7 @@ def test_the_manual_has_all_options_and_no_others(
 
 
 def test_each_subcommand_has_a_page_of_its_own(tmp_path: Path) -> None:
-    """What scripts/manpages makes of the manual: every option is there, and man(1) has nothing to say."""
+    """The output of scripts/manpages contains every option, and man(1) prints no warning."""
     subprocess.run([sys.executable, ROOT / "scripts/manpages", tmp_path], check=True)
     assert {path.name for path in tmp_path.iterdir()} == {f"cowfs-{name}.1" for name in SUBCOMMANDS}
     for name, options_of in manual().items():
@@ -124,7 +124,7 @@ def test_mount_options_in_the_guides_are_known() -> None:
 
 
 def test_what_the_guides_make_can_be_made() -> None:
-    """``make TARGET`` and scripts of ours, in all code of the guides."""
+    """Yield ``make TARGET`` and our scripts in all code of the guides."""
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     wrong, seen = [], 0
     for guide in GUIDES:
@@ -150,7 +150,7 @@ def test_links_lead_somewhere() -> None:
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
 def test_lines_of_prose_fit_an_editor(guide: Path) -> None:
-    """120 columns; not tables, nor code and what programs print."""
+    """Prose has at most 120 columns; tables, code and output may be longer."""
     long = []
     fenced = False
     for number, line in enumerate(guide.read_text().split("\n"), 1):

@@ -1,4 +1,4 @@
-"""The C engine through its own interface; e2fsck has the last word. Sanitizers watch all of it once more."""
+"""The C engine through its own interface, checked by e2fsck, and again with sanitizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GEOMETRIES = [(1024, 128), (1024, 256), (2048, 256), (4096, 256)]
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory in memory: thousands of barriers would take minutes on a disk."""
+    """A directory in memory, because thousands of barriers would take minutes on a disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
         yield Path(directory)
 
@@ -149,7 +149,7 @@ def test_thousands_of_names(image: Path) -> None:
                 names.discard(gone)
         assert {name for name in engine.names(directory) if name[:3] != b"sub"} == names
         assert engine.attr(ino).nlink == len(names)
-        assert engine.attr(directory).flags & 0x1000  # it has got an index
+        assert engine.attr(directory).flags & 0x1000  # it has an index
         with refused(errno.ENOENT):
             engine.call("unlink", directory, b"none", 4, (0, 0), ino, 0)
         with refused(errno.ENOTEMPTY):
@@ -247,7 +247,7 @@ def test_an_attribute_block_shared_by_the_kernel(plain: Path) -> None:
 
 
 def share(path: Path, inos: list[int]) -> None:
-    """Let all inodes have the attribute block of the first, as the kernel does with equal ones."""
+    """Let all inodes share the attribute block of the first, as the kernel does with equal blocks."""
     shown = run("debugfs", "-R", f"stat <{inos[0]}>", path).stdout
     block = shown.split("File ACL: ")[1].split()[0]
     commands = "".join(f"set_inode_field <{ino}> file_acl {block}\n" for ino in inos)
@@ -257,7 +257,7 @@ def share(path: Path, inos: list[int]) -> None:
     raw = bytearray(path.read_bytes())
     struct.pack_into("<I", raw, int(block) * 4096 + 4, len(inos))
     path.write_bytes(raw)
-    subprocess.run(["e2fsck", "-fy", path], capture_output=True)  # frees the blocks that nobody has now
+    subprocess.run(["e2fsck", "-fy", path], capture_output=True)  # frees the unused blocks
     sound(path)
 
 
@@ -329,12 +329,12 @@ def test_an_operation_that_fails_leaves_nothing(image: Path) -> None:
             for number in range(100):
                 engine.write(file, b"x", 20_000_000 * number)
         engine.unlink(ROOT, b"filler", filler)
-        assert engine.write(file, chunk, 0) == len(chunk)  # there is room at once
+        assert engine.write(file, chunk, 0) == len(chunk)  # there is space at once
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_operations(image: Path, place: Path, seed: int) -> None:
-    """Against dictionaries, with a cache that is far too small; a crash at any time leaves a sound image."""
+    """Compare with dictionaries, with a cache that is too small; after a crash the image is sound."""
     rng = random.Random(seed)
     files: dict[bytes, tuple[int, bytearray]] = {}
     with Engine(image, cache=1 << 18) as engine:
@@ -463,7 +463,7 @@ def test_suspended_for_growing(plain: Path) -> None:
 
 
 def test_a_barrier_with_nothing_behind_it_is_spared(plain: Path) -> None:
-    """fsync of a file, then of its directory: what is on disk is not waited for again."""
+    """fsync of a file, then of its directory: the second does not wait for data that is on disk."""
     with Engine(plain) as engine:
 
         def barriers(call: str, *arguments: object) -> int:

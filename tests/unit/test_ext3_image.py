@@ -1,4 +1,4 @@
-"""The image itself: what is refused, what is kept in memory, when it is committed, and how it is given up."""
+"""The image: what is refused, cached in memory, and committed, and how it is abandoned."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def image(path: Path) -> Iterator[Image]:
     ext3.sound(path)
 
 
-# --- what is refused
+# --- refused images
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_an_entry_keeps_all_of_its_parts() -> None:
 
 
 def test_few_names_are_kept_in_memory() -> None:
-    """Whatever is listed, and however many are made in directories that are known already."""
+    """After any listing, and with many new names in known directories."""
     loaded: list[int] = []
 
     def load(number: int) -> Iterator[bytes]:
@@ -194,7 +194,7 @@ def test_closing_leaves_a_clean_image_and_no_descriptor_or_thread(path: Path) ->
 
 
 def test_going_on_in_another_file(path: Path, tmp_path: Path) -> None:
-    """A store in memory that is to be kept after all."""
+    """A store in memory that is saved later."""
     image = open_image(path, commit_seconds=0)
     image.create(ROOT, b"before", FILE, 0, 0)
     image.checkpoint()
@@ -211,7 +211,7 @@ def test_going_on_in_another_file(path: Path, tmp_path: Path) -> None:
     again.close()
 
 
-# --- giving up
+# --- abandoning an image
 
 
 def test_an_image_that_cannot_be_written_is_given_up_loudly_once(

@@ -1,4 +1,4 @@
-"""Ext3Layer against the kernel's ext3: what one of them writes, the other reads, to the last bit."""
+"""Ext3Layer and the kernel's ext3 read exactly what the other has written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MINIMAL_ACL = posix_acl((1, 6, NOBODY), (4, 0, NOBODY), (32, 4, NOBODY))
 
 @pytest.fixture(autouse=True)
 def no_umask() -> Iterator[None]:
-    """As the daemon has it."""
+    """Set the umask of the daemon."""
     before = os.umask(0)
     yield
     os.umask(before)
@@ -55,7 +55,7 @@ def layer(tmp_path: Path) -> Iterator[Ext3Layer]:
 
 
 def put(layer: UpperLayer, directory: Key, name: bytes, *parts: tuple[int, bytes], mode: int = 0o644) -> Key:
-    """A file with data at these offsets."""
+    """Create a file with data at these offsets."""
     key, file = layer.create(directory, name, mode, 0, 0)
     for offset, data in parts:
         file.pwrite(data, offset)
@@ -71,7 +71,7 @@ def content(layer: LowerLayer, key: Key) -> bytes:
         file.close()
 
 
-# --- lives
+# --- life cycles
 
 
 def test_an_open_file_outlives_its_name(layer: Ext3Layer) -> None:
@@ -93,7 +93,7 @@ def test_an_open_file_outlives_its_name(layer: Ext3Layer) -> None:
 
 
 def test_only_the_key_that_was_told_of_keeps_an_inode(layer: Ext3Layer) -> None:
-    """Others, from a lookup long ago, come and go."""
+    """Keys from earlier lookups are still forgotten correctly."""
     mine = put(layer, layer.root, b"file", (0, b"content"))
     theirs = find(layer, b"file")
     assert mine == theirs
@@ -189,7 +189,7 @@ def test_many_threads_write_one_file(layer: Ext3Layer) -> None:
 
 
 def test_syncing_while_others_write(layer: Ext3Layer) -> None:
-    """sync and File.fsync are for any thread, at any time."""
+    """Any thread may call sync and File.fsync at any time."""
     stop = threading.Event()
 
     def sync() -> int:
@@ -214,7 +214,7 @@ def test_syncing_while_others_write(layer: Ext3Layer) -> None:
 
 
 def test_copies_keep_their_holes(layer: Ext3Layer, tmp_path: Path) -> None:
-    """To and from files of the kernel's, and out of a squashfs."""
+    """Copies to and from files of the kernel, and from a squashfs."""
     noise = random.Random(3).randbytes(3 << 20)
     (tmp_path / "tree").mkdir()
     with (tmp_path / "tree/file").open("wb") as out:
@@ -274,7 +274,7 @@ def test_opening_what_is_no_file(layer: Ext3Layer) -> None:
         layer.open_directory(put(layer, layer.root, b"f"))
 
 
-# --- what is refused
+# --- refused operations
 
 
 @pytest.mark.parametrize(
@@ -328,11 +328,11 @@ def test_a_read_only_layer_changes_nothing(tmp_path: Path) -> None:
     assert image.read_bytes() == before
 
 
-# --- growing under its users
+# --- growing while in use
 
 
 def test_an_image_grows_while_it_is_used(tmp_path: Path) -> None:
-    """Files stay open, those without names too, and keys stay what they were."""
+    """Files stay open, even without names, and keys stay valid."""
     image = ext3.make(tmp_path / "image", size=32 << 20)
     with ext3.opened(image) as layer:
         place = layer.mkdir(layer.root, b"work", 0o700, 0, 0)
@@ -400,7 +400,7 @@ def test_a_full_image_cannot_hide_its_nameless_and_goes_on(tmp_path: Path) -> No
 
 
 def test_what_is_inherited_may_change(layer: Ext3Layer) -> None:
-    """What a directory gives to the inodes in it is remembered, but not for longer than it is true."""
+    """The inherited attributes of a directory are cached only while they are valid."""
     folder = layer.mkdir(layer.root, b"d", 0o755, 0, 0)
 
     def inherited(name: bytes) -> tuple[int, bool]:
@@ -421,7 +421,7 @@ def test_what_is_inherited_may_change(layer: Ext3Layer) -> None:
 
 
 def test_nothing_comes_to_disk_without_its_acl(tmp_path: Path) -> None:
-    """Both are one change: one record of the redo log has them."""
+    """Both are one change, in one record of the redo log."""
     image, crashed = ext3.make(tmp_path / "image"), tmp_path / "crashed"
     with ext3.opened(image, commit_seconds=0) as layer:
         folder = layer.mkdir(layer.root, b"d", 0o755, 0, 0)

@@ -1,4 +1,4 @@
-"""What cowfs writes to an ext3 image and what the kernel does: the same, read by either."""
+"""cowfs and the kernel write the same to an ext3 image, and read each other's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.test_ext3_layer import (
 
 @pytest.fixture(autouse=True)
 def no_umask() -> Iterator[None]:
-    """As the daemon has it."""
+    """Set the umask of the daemon."""
     before = os.umask(0)
     yield
     os.umask(before)
@@ -41,7 +41,7 @@ def geometry(request: pytest.FixtureRequest) -> tuple[int, int]:
 
 
 def populate(layer: UpperLayer) -> None:
-    """A tree with one of everything, through all the calls there are."""
+    """Create a tree with every type of file, through all calls."""
     root, noise = layer.root, random.Random(7).randbytes(200_000)
     put(layer, root, b"empty")
     put(layer, root, b"small", (0, b"content"), mode=0o4751)
@@ -163,7 +163,7 @@ def test_what_the_kernel_writes_we_read(tmp_path: Path, geometry: tuple[int, int
 
 @needs_root
 def test_both_make_the_same_of_the_same_calls(tmp_path: Path, geometry: tuple[int, int]) -> None:
-    """But for the places on disk, and the times; an indexed directory is split where the kernel splits it."""
+    """Everything is equal except places on disk and times; directories split where the kernel splits them."""
     described = []
     for opened in (ext3.opened, ext3.mounted):
         image = ext3.make(tmp_path / opened.__name__, *geometry, more=("-E", f"root_owner=0:0,{SEED}"))
@@ -179,7 +179,7 @@ def test_both_make_the_same_of_the_same_calls(tmp_path: Path, geometry: tuple[in
 
 @needs_root
 def test_both_go_on_with_what_the_other_has_left(tmp_path: Path, geometry: tuple[int, int]) -> None:
-    """Indexed directories, shared xattr blocks and large files, changed by the other one."""
+    """Indexed directories, shared xattr blocks and large files, which the other one changes."""
     image = ext3.make(tmp_path / "image", *geometry)
     with ext3.mounted(image) as kernels:
         populate(kernels)
@@ -216,7 +216,7 @@ def _change(layer: UpperLayer, suffix: bytes = b"") -> None:
 
 @needs_root
 def test_handles_are_the_kernels(tmp_path: Path) -> None:
-    """So that an origin or an index entry that one engine has written is found by the other."""
+    """An origin or index entry of one engine is found by the other."""
     image = ext3.make(tmp_path / "image")
     with ext3.opened(image) as ours:
         key = put(ours, ours.root, b"file")

@@ -1,4 +1,4 @@
-"""What is no squashfs that is read is named, with what to do about it."""
+"""An unreadable image is reported with its format, and with advice."""
 
 from __future__ import annotations
 

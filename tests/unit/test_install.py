@@ -1,4 +1,4 @@
-"""``make install`` and ``make uninstall``: packaging/files says what goes where; and what shells offer."""
+"""``make install`` and ``make uninstall``: packaging/files lists all files; and shell completion."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def install(tree: Path, *arguments: str, prefix: str = "/usr") -> str:
 
 
 def there(tree: Path) -> set[str]:
-    """All but directories, the virtual environment, and what notes the directories that were made."""
+    """Return all files, without the virtual environment and the list of created directories."""
     return {
         f"/{path.relative_to(tree)}"
         for path in tree.rglob("*")
@@ -43,7 +43,7 @@ def there(tree: Path) -> set[str]:
 
 
 def listed(parts: str) -> set[str]:
-    """What packaging/files promises of these parts, read here by rules of its own; PREFIX is /usr."""
+    """Return the files that packaging/files lists for these parts, parsed independently; PREFIX is /usr."""
     lines = re.findall(
         rf"^(?:{parts}) +\S+ +\S+ +(\S+)$", (ROOT / "packaging/files").read_text(), re.MULTILINE
     )
@@ -131,7 +131,7 @@ def test_the_whole_program_is_installed_runs_and_is_removed(tmp_path: Path) -> N
 
 @pytest.fixture
 def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
-    """The helper beside a cowfs that tells how it was called."""
+    """Install the helper beside a fake cowfs that prints its arguments."""
     (tmp_path / "helpers").mkdir()
     shutil.copy(ROOT / "mount-helpers/fsck.cowfs", tmp_path / "helpers")
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -190,7 +190,7 @@ def test_fsck_wrongly_called(fsck: tuple[Path, object]) -> None:
 
 
 def offered(typed: str, cwd: Path) -> list[str]:
-    """What a shell would offer after *typed*."""
+    """Return what a shell would offer after *typed*."""
     asked = subprocess.run(
         ["/bin/sh", "-c", 'exec "$@" 8>&1 9>&2 1>/dev/null', "sh", *COWFS],
         env={
@@ -209,7 +209,7 @@ def test_completion(tmp_path: Path) -> None:
     assert {"diff", "revert", "umount"} <= set(offered("cowfs ", tmp_path))
     assert "--stat" in offered("cowfs diff --", tmp_path)
     assert "--store" not in offered("cowfs diff --", tmp_path)
-    assert offered("cowfs diff sys", tmp_path) == ["sysrcd.bs"]  # no store, but the only file there is
+    assert offered("cowfs diff sys", tmp_path) == ["sysrcd.bs"]  # no store, but the only file
     (tmp_path / "a.bs").write_bytes(bytes(1080) + b"\x53\xef")
     (tmp_path / "directory/upper").mkdir(parents=True)
     for typed in ("check ", "mount a b --store "):
@@ -228,12 +228,12 @@ TYPED = {
     "cowfs diff sys": "sysrcd.bs",
     "cowfs mount -o ro,sto": "ro,store=",
 }
-"""What is typed, and what the shell makes of its last word."""
+"""What the user types, and how the shell completes the last word."""
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Path:
-    """A directory with a store, in it cowfs for the shell to run, and what completes it in each shell."""
+    """A directory with a store and a cowfs, and the completion of each shell."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work/sysrcd.bs").touch()
     command = tmp_path / "cowfs"
@@ -263,7 +263,7 @@ def test_fish_completes(shell: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
 def test_zsh_completes(shell: Path) -> None:
-    """On a terminal, where the key Tab is pressed."""
+    """Run the shell on a terminal, and press Tab."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(shell / "work")

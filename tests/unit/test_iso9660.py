@@ -1,4 +1,4 @@
-"""ISO 9660 images as lowers: what others wrote into them is shown, or refused by name."""
+"""ISO 9660 images as lowers: content is shown correctly, or refused with its name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read(layer: Iso9660Layer, path: bytes) -> bytes:
 @pytest.fixture
 def top(tmp_path: Path) -> Path:
     top = tmp_path / "tree"
-    (top / "1/2/3/4/5/6/7/8/9/10").mkdir(parents=True)  # deeper than ISO 9660 has it: moved
+    (top / "1/2/3/4/5/6/7/8/9/10").mkdir(parents=True)  # deeper than ISO 9660 allows: relocated
     (top / "1/2/3/4/5/6/7/8/9/10/deep").write_text("deep")
     (top / ("n" * 230)).write_bytes(b"long name" * 1000)
     (top / os.fsdecode("ü €".encode())).write_text("x")
@@ -92,7 +92,7 @@ def test_without_rock_ridge_names_are_joliets_or_plain(tmp_path: Path) -> None:
     (tmp_path / "tree/Dir").mkdir(parents=True)
     (tmp_path / "tree/Dir/Some File.txt").write_text("text")
     image = made(tmp_path / "x.iso", tmp_path / "tree", "-J")
-    data = image.read_bytes().replace(b"SP\7\1\xbe\xef", b"XX\7\1\xbe\xef")  # Rock Ridge begins so
+    data = image.read_bytes().replace(b"SP\7\1\xbe\xef", b"XX\7\1\xbe\xef")  # the start of Rock Ridge
     image.write_bytes(data)
     with closing(Iso9660Layer(str(image))) as layer:
         assert read(layer, b"Dir/Some File.txt") == b"text"
@@ -120,7 +120,7 @@ def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
 
 
 def looped(data: bytes) -> bytes:
-    """The directory leads to the root: where that is, and how long, stands at one place in records."""
+    """The directory leads to the root, whose place and size are in one place of the records."""
     root, at = data[0x8000 + 156 :][2:18], data.index(b"DIRECTOR") - 33
     return data[: at + 2] + root + data[at + 18 :]
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_part_that_every_record_has_is_read_no_oftener_than_there_are_bytes(tmp_path: Path) -> None:
-    """An image of some megabytes took hours: each of its records went on in the same four megabytes."""
+    """This image of some megabytes took hours, because all its records used the same four megabytes."""
     goes_on = by_hand.field(b"CE", by_hand.both(20) + by_hand.both(0) + by_hand.both(10_000))
     records = [by_hand.record(b"%d" % number, 0, 0, 0, goes_on) for number in range(20)]
     top = by_hand.directory(19, 19, *records, use=by_hand.field(b"SP", b"\xbe\xef\0"))
@@ -160,7 +160,7 @@ def test_a_part_that_every_record_has_is_read_no_oftener_than_there_are_bytes(tm
 
 
 def test_a_file_of_very_many_pieces() -> None:
-    """What is read of it, and its size, cost nothing of what is elsewhere in it."""
+    """Reading it, and its size, do not depend on unrelated data in the image."""
     inode = Inode(2, stat.S_IFREG, segments=[(at, 1, at) for at in range(0, 2_000_000, 2)])
     assert list(inode.stored(1_000_001, 1_000_005)) == [(1_000_002, 1, 1_000_002), (1_000_004, 1, 1_000_004)]
     assert list(inode.stored(1_999_998, 1 << 40)) == [(1_999_998, 1, 1_999_998)]

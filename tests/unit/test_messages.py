@@ -46,7 +46,7 @@ _ARGPARSE = {"help", "description", "epilog"}
 
 
 def shown(node: ast.expr) -> str | None:
-    """The text of a string, with ``{}`` for what is put in; None for anything else, and for a single word."""
+    """Return the text of a string, with ``{}`` for inserted values; None for others and for single words."""
     match node:
         case ast.Constant(value=str(text)):
             pass
@@ -60,7 +60,7 @@ def shown(node: ast.expr) -> str | None:
 
 
 def is_said(call: ast.Call) -> bool:
-    """Whether a call makes an exception for people, or tells them something, or logs it."""
+    """Return whether a call makes an exception for users, prints something, or logs it."""
     match call.func:
         case ast.Attribute(attr=name) | ast.Name(id=name):
             return name in _SAY or name.endswith(_ENDS)
@@ -68,7 +68,7 @@ def is_said(call: ast.Call) -> bool:
 
 
 def messages(tree: ast.Module) -> Iterator[str]:
-    """What a module says: arguments of such calls, results of functions, values of names, texts of --help."""
+    """Return a module's messages: arguments of such calls, results, values of names, help texts."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         texts: list[ast.expr] = []
@@ -98,13 +98,13 @@ _STRINGS = re.compile(r'"(?:[^"\\\n]|\\.)*"(?:\s*"(?:[^"\\\n]|\\.)*")*')
 
 
 def messages_in_c(source: str) -> list[str]:
-    """The strings of several words in a C source."""
+    """Return the strings of several words in a C source."""
     found = (re.sub(r'"\s*"', "", text)[1:-1] for text in _STRINGS.findall(_COMMENT.sub("", source)))
     return list(dict.fromkeys(text for text in found if re.search(r"[a-z] [a-z%]", text)))
 
 
 def collected() -> str:
-    """The list: each module's messages below its name, in the order of the source."""
+    """Return the list: the messages of each module below its name, in the order of the source."""
     out = []
     for path in sorted([*ROOT.glob("cowfs/**/*.py"), *ROOT.glob("cowfs/**/*.c")]):
         text = path.read_text()

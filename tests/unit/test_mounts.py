@@ -1,4 +1,4 @@
-"""Loop devices, detached mounts, locks: against the kernel that runs the tests."""
+"""Loop devices, detached mounts, and locks, with the kernel that runs the tests."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_refused_mount_says_what_the_kernel_said(image: Path) -> None:
     try:
         with pytest.raises(OSError) as caught:
             mounts.detached_mount("ext3", device, {}, readonly=True)
-        assert caught.value.errno == errno.EINVAL  # fs/ext4 tells the kernel log why, and not us
+        assert caught.value.errno == errno.EINVAL  # ext4 writes the reason only to the kernel log
         with pytest.raises(OSError, match="no_such_option"):
             mounts.detached_mount("ext3", device, {"no_such_option": "1"})
         with pytest.raises(OSError) as caught:
@@ -220,7 +220,7 @@ import fcntl, os, sys
 from cowfs.linux import locks, loop_devices, mount_table, mounts, pids
 file = open(sys.argv[1])
 reading, writing = os.pipe()
-if os.fork() == 0:  # the parent, as far as the lock goes
+if os.fork() == 0:  # the parent holds the lock
     fcntl.flock(file, fcntl.LOCK_EX)
     if os.fork() == 0:
         os.write(writing, b"%d" % os.getpid())
@@ -246,7 +246,7 @@ def test_a_lock_of_our_own_is_ours(tmp_path: Path) -> None:
 def test_a_process_that_ends_while_locks_are_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its directory in /proc is gone when it is read."""
+    """Its directory in /proc disappears before it is read."""
     (tmp_path / "file").touch()
     scandir = os.scandir
     gone: list[str | os.PathLike[str]] = []

@@ -1,4 +1,4 @@
-"""A command's processes: all of them end, and what cannot be run is said."""
+"""All processes of a command end, and a command that cannot run is reported."""
 
 from __future__ import annotations
 

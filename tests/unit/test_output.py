@@ -1,4 +1,4 @@
-"""What the command line prints: progress beside results."""
+"""The output of the command line: progress and results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Terminal(io.StringIO):
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_no_result_stands_behind_progress(monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
-    """Both go to one terminal; with --quiet there is no progress."""
+    """Both go to the same terminal; --quiet switches progress off."""
     screen = _Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
@@ -45,7 +45,7 @@ def test_no_result_stands_behind_progress(monkeypatch: pytest.MonkeyPatch, quiet
 
 
 def test_ctrl_c_while_the_command_starts_is_no_traceback() -> None:
-    """It ends the process as it ends any other, or is answered in one line."""
+    """It kills the process like any other, or gives one line of output."""
     if subprocess.run(["env", "--block-signal=INT", "true"], capture_output=True, check=False).returncode:
         pytest.skip("env cannot hold back a signal")
     rng = random.Random(1)

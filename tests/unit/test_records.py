@@ -1,4 +1,4 @@
-"""The ring of records in a store: bounded, whole after a cut, and not to be forged by who is recorded."""
+"""The ring of records in a store: limited, complete after a crash, not to be forged by recorded users."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def layer(tmp_path: Path) -> Iterator[DirectoryLayer]:
-    """The filesystem of a store that has not been recorded in."""
+    """The filesystem of a store without records."""
     (tmp_path / "cowfs").mkdir()
     made = DirectoryLayer(os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), "store")
     with closing(made):
@@ -27,14 +27,14 @@ def layer(tmp_path: Path) -> Iterator[DirectoryLayer]:
 
 
 def opened(layer: DirectoryLayer, size: int = 16 * MIB) -> Records:
-    """The records of a store of so many bytes."""
+    """Open the records of a store with this size in bytes."""
     found, said = records.open_or_make(layer, size)
     assert not said
     return found
 
 
 def file_of(layer: DirectoryLayer, tmp_path: Path) -> Path:
-    """Where they are."""
+    """Return the place of the records."""
     del layer
     return tmp_path / "cowfs/blame"
 
@@ -83,7 +83,7 @@ def test_a_draft_that_was_cut_short_is_what_it_was(layer: DirectoryLayer, tmp_pa
     after = bytearray(file_of(layer, tmp_path).read_bytes())
     changed = [place for place in range(0, len(after), 4096) if after[place:][:4096] != before[place:][:4096]]
     assert len(changed) > 2
-    for place in changed[2:]:  # the machine went down when two of its blocks were on disk
+    for place in changed[2:]:  # the machine crashed when two of its blocks were on disk
         after[place : place + 4096] = before[place : place + 4096]
     file_of(layer, tmp_path).write_bytes(after)
     with closing(opened(layer)) as again:
@@ -91,7 +91,7 @@ def test_a_draft_that_was_cut_short_is_what_it_was(layer: DirectoryLayer, tmp_pa
 
 
 def test_what_is_recorded_cannot_be_taken_for_a_frame(layer: DirectoryLayer, tmp_path: Path) -> None:
-    """Who knows the format, and not the key, puts frames of his own into what is recorded of him."""
+    """A user who knows the format, but not the key, puts frames into the data that is recorded."""
     other = tmp_path / "other"
     (other / "cowfs").mkdir(parents=True)
     with closing(DirectoryLayer(os.open(other, os.O_RDONLY | os.O_DIRECTORY), "other")) as his:
@@ -105,8 +105,8 @@ def test_what_is_recorded_cannot_be_taken_for_a_frame(layer: DirectoryLayer, tmp
         made.end_draft(b"newest")
     whole = bytearray(file_of(layer, tmp_path).read_bytes())
     first = whole.index(b"blmf")
-    assert whole[first + 4096 :][:4] == b"blmf"  # where one is looked for
-    whole[first : first + 4096] = bytes(4096)  # it was the oldest, and another took its place
+    assert whole[first + 4096 :][:4] == b"blmf"  # the place of a frame
+    whole[first : first + 4096] = bytes(4096)  # it was the oldest, and was overwritten
     file_of(layer, tmp_path).write_bytes(whole)
     with closing(opened(layer)) as again:
         assert list(again.contents()) == [b"newest"]

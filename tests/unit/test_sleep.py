@@ -1,4 +1,4 @@
-"""Disks are looked at after the machine has slept, and at no other time."""
+"""Disks are checked after the machine has slept, and at no other time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cowfs.linux import sleep
 
 
 def on_disks() -> list[str]:
-    """A mount of each disk here that a filesystem is on."""
+    """Return a mount of each disk with a filesystem here."""
     found = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         words = line.split()

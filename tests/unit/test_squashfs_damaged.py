@@ -21,7 +21,7 @@ from tests.support.system import run
 pytestmark = needs_mksquashfs
 
 MEMORY = 256
-"""MiB that may be allocated: Python and its libraries, and the caches of one image."""
+"""The limit of memory in MiB: Python, its libraries, and the caches of one image."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def batch(images: list[Path], start: int, count: int, timeout: float) -> tuple[int, int]:
-    """Exercise damaged images; returns (how many, how many were refused when opened)."""
+    """Exercise damaged images; return their number, and how many were refused."""
     done = run(
         sys.executable, "-m", "tests.fuzz.batch",
         "--start", str(start), "--count", str(count), "--memory", str(MEMORY), *images,

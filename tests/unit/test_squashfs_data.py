@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 
 def sparse() -> bytes:
-    """Holes at the start, in the middle, at the end; data that begins and ends within a block."""
+    """Holes at the start, in the middle and at the end; data that begins and ends inside a block."""
     content = bytearray(40 * BLOCK + 5000)
     content[3 * BLOCK + 100 : 3 * BLOCK + 200] = b"x" * 100
     content[9 * BLOCK : 20 * BLOCK] = text(11 * BLOCK)
@@ -292,11 +292,11 @@ def test_an_image_cut_short_while_it_is_open_is_an_io_error(tmp_path: Path, open
     assert "shorter" in str(caught.value)
 
 
-# --- once for all, and ahead
+# --- caching and read-ahead
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note the position of every data block that is decompressed."""
+    """Record the position of every data block that is decompressed."""
     from cowfs.formats.squashfs import data as module
 
     seen: list[int] = []
@@ -439,7 +439,7 @@ HEX = noise(10 * BLOCK).hex().encode()
 
 @pytest.fixture(scope="module")
 def zstd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image with blocks that can be made in part."""
+    """An image with blocks that can be decompressed in part."""
     top = tmp_path_factory.mktemp("zstd") / "tree"
     top.mkdir()
     (top / "text").write_bytes(HEX)
@@ -516,7 +516,7 @@ def test_reading_after_close_is_an_error_and_nothing_worse(images: dict[str, Pat
 
 
 def test_a_block_list_over_many_metadata_blocks(tmp_path: Path, opened: Open) -> None:
-    """10,000 blocks of which some are holes: where a block is follows from all before it."""
+    """10,000 blocks, some of them holes: the place of a block depends on all before it."""
     choose = random.Random(3)
     forge, words, expected = Forge(), [], []
     start = 96

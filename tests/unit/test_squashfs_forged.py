@@ -1,4 +1,4 @@
-"""Images that were made to hurt: every count, offset and length is bounded, loops are refused."""
+"""Malicious images: every count, offset and length is limited, and loops are refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def damaged(call: Callable[[], object], *, code: int = errno.EIO) -> OSError:
 
 @contextmanager
 def at_most(more: int) -> Iterator[None]:
-    """Let this process allocate *more* bytes and no more: MemoryError otherwise."""
+    """Limit this process to *more* bytes; more raise MemoryError."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + more, hard))
@@ -86,7 +86,7 @@ def test_inodes_with_the_same_number_get_numbers_of_their_own(opened: Open) -> N
     assert found == {name: layer.stat(find(layer, name)).st_ino for name in reversed(given)}
 
 
-# --- trees that are none
+# --- graphs that are no trees
 
 
 def test_a_directory_that_holds_itself_is_refused(opened: Open) -> None:
@@ -109,7 +109,7 @@ def test_a_loop_of_directories_is_found(opened: Open, caplog: pytest.LogCaptureF
 
 
 def test_a_directory_in_two_places_is_refused(opened: Open) -> None:
-    """Twenty levels of two names for the next level would be a tree of a million directories."""
+    """Twenty levels, each with two names for the next, would be a tree of a million directories."""
     forge = Forge()
     below = forge.directory([])
     for _ in range(20):
@@ -138,7 +138,7 @@ def test_names_that_lead_out_of_the_directory_are_refused(opened: Open, name: by
 
 @pytest.mark.parametrize("kind", [8, 9, 255, 65535])
 def test_entries_of_unknown_types_are_not_listed_but_found(opened: Open, kind: int) -> None:
-    """The kernel's listing ends there, and says nothing; we say that it is damaged."""
+    """The kernel ends its listing there without an error; cowfs reports the damage."""
     forge = Forge()
     layer = opened(forge.finish(forge.directory([Entry(b"x", forge.small(b"content"), kind)])))
     damaged(lambda: layer.readdir(layer.root))
@@ -160,7 +160,7 @@ def test_a_directory_called_a_file_in_two_places_is_refused(opened: Open) -> Non
 
 @pytest.mark.parametrize("count", [1, 255, 256, 0xFFFFFFFE])
 def test_headers_that_count_more_than_is_there(opened: Open, count: int) -> None:
-    """What is before the damage is found; a listing would be silent about what is behind it."""
+    """Names before the damage are found; a listing would hide the names after it."""
     forge = Forge()
     file = forge.file(0, 0, [])
     layer = opened(forge.finish(forge.directory([Entry(b"a", file), Entry(b"x", file, count=count)])))
@@ -218,7 +218,7 @@ def test_a_negative_size_is_refused(opened: Open) -> None:
 
 
 def test_a_file_of_petabytes_of_holes_costs_nothing(opened: Open) -> None:
-    """Its block list is zeros that compress to nothing. It is refused, not walked through."""
+    """Its block list consists of zeros, which compress to nothing. It is refused, not read."""
     forge = Forge(block_size=1 << 20)
     file = forge.large_file(1 << 50, 96, bytes(40_000))
     layer = opened(forge.finish(forge.directory([Entry(b"x", file)])))
@@ -256,7 +256,7 @@ def test_a_block_stored_in_more_than_it_holds(opened: Open) -> None:
 
 @pytest.mark.parametrize(("compressor", "compress"), [(1, zlib.compress), (4, lzma.compress)])
 def test_a_stream_without_its_end(opened: Open, compressor: int, compress: Callable[[bytes], bytes]) -> None:
-    """All bytes are there, but not what says that they are right."""
+    """The data is complete, but its checksum is missing."""
     forge = Forge(compressor=compressor)
     stored = compress(bytes(4096))
     good = forge.file(4096, forge.block(stored), [len(stored)])
@@ -313,7 +313,7 @@ def test_references_to_where_no_inode_is(opened: Open, ref: int) -> None:
 
 
 def indexed(opened: Open, monkeypatch: pytest.MonkeyPatch, *, damage: str = "") -> SquashfsLayer:
-    """A directory of 600 names whose listing is only ever searched, with something wrong in it."""
+    """A directory of 600 names that is only searched, with damage in its listing."""
     monkeypatch.setattr("cowfs.formats.squashfs.image._INDEX_FROM", 100)
     monkeypatch.setattr("cowfs.formats.squashfs.image._INDEX_TO", 100)
     forge = Forge()
@@ -358,7 +358,7 @@ def test_every_name_is_found_whatever_the_index_says(
     layer = indexed(opened, monkeypatch, damage=damage)
     for number in (0, 410, 650, 798, 800, 810, 1198):
         assert layer.lookup(layer.root, b"%05d" % number) is not None, number
-        if damage != "type":  # which is damage, but to a listing only
+        if damage != "type":  # it affects only listings
             assert layer.lookup(layer.root, b"%05d" % (number + 1)) is None
 
 
@@ -467,7 +467,7 @@ def test_roots_that_are_no_directory_are_refused_when_opened(opened: Open, root:
         opened(forge.finish(root))
 
 
-# --- blocks that decompress to more than there is room for
+# --- blocks that decompress to too much data
 
 SIZE = 100 << 20
 

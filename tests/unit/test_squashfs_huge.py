@@ -1,4 +1,4 @@
-"""What a huge image costs: the tables are read as far as one looks, and forgotten again."""
+"""The cost of a huge image: its tables are read as needed, and dropped again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(json.dumps({"opened": opened, "count": count, "mib": used() - before}))
 
 
 def many_files(path: Path, directories: int, files: int) -> None:
-    """An image of so many directories with so many small files each."""
+    """Make an image with this number of directories and small files."""
     forge = Forge(count=directories * (files + 1) + 1)
     above = []
     for directory in range(directories):

@@ -1,4 +1,4 @@
-"""Images of every kind, read through the layer, against the tree they were made of. No root needed."""
+"""Images of every kind, compared with the tree they were made from. No root needed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read(layer: SquashfsLayer, *names: bytes) -> bytes:
 
 
 def assert_same_tree(layer: SquashfsLayer, top: Path, *, xattrs: bool = True) -> None:
-    """What the layer shows is what is in the directory *top*."""
+    """Fail unless the layer shows the directory *top*."""
     for path, seen in view(layer):
         real = os.fsencode(top) + path
         status = os.lstat(real)
@@ -194,7 +194,7 @@ COUNT = 20_000
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of 20,000 entries whose listing is long enough to be searched by its index."""
+    """A directory of 20,000 entries, whose listing is long enough for an index."""
     base = tmp_path_factory.mktemp("large")
     top = base / "tree" / "large"
     top.mkdir(parents=True)
@@ -208,7 +208,7 @@ def test_names_in_a_large_directory(large: Path, opened: Open) -> None:
     layer = opened(large)
     directory = find(layer, b"large")
     first = find(layer, b"large", b"first")
-    for _ in range(2):  # first by the index, then by the listing
+    for _ in range(2):  # first with the index, then with the listing
         for number in (0, 1, 2, COUNT // 2, COUNT - 2, COUNT - 1, *range(7, COUNT, 997)):
             found = layer.lookup(directory, b"some-name-%08d" % (number * 3))
             assert found is not None, number
@@ -254,14 +254,14 @@ def test_what_is_no_directory_and_what_is_no_file(image: Path, opened: Open) -> 
         assert caught.value.errno == code
 
 
-# --- what a layer says of itself
+# --- facts about a layer
 
 
 def test_statfs(image: Path, opened: Open) -> None:
     stats = opened(image).statfs()
     used = struct.unpack_from("<Q", image.read_bytes(), 40)[0]
     assert (stats.bsize, stats.blocks, stats.bfree) == (BLOCK, -(-used // BLOCK), 0)
-    assert stats.files == len(list(view(opened(image)))) - 2  # two names of "tail" are no inodes
+    assert stats.files == len(list(view(opened(image)))) - 2  # "tail" has two more names
 
 
 def test_handles_lead_back_to_inode_numbers(image: Path, opened: Open) -> None:
@@ -359,7 +359,7 @@ def test_summary_of_an_uncompressed_image_without_fragments(tree: Path, tmp_path
     assert facts["small files"] == "no fragments"
 
 
-# --- what is refused
+# --- refused images
 
 
 def _superblock(**changes: int) -> bytes:

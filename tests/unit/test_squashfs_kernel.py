@@ -1,4 +1,4 @@
-"""The reader against the kernel's own: every field of every inode, on images of every kind. Needs root."""
+"""Compare the reader with the kernel's: every field of every inode of all kinds of images. Needs root."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = [needs_root, needs_mksquashfs, pytest.mark.root]
 
 
 def compare(image: Path, *, content: bool = True) -> int:
-    """Compare all of the image; returns the number of names."""
+    """Compare the whole image; return the number of names."""
     with ExitStack() as stack:
         try:
             theirs = stack.enter_context(kernel_view(image))
@@ -160,7 +160,7 @@ def small_files(top: bytes, most: int, largest: int) -> tuple[list[bytes], int]:
 
 
 def pack(image: Path, paths: list[bytes]) -> Path:
-    """Make an image of these paths and no others."""
+    """Make an image of exactly these paths."""
     tar = ["tar", "--null", "--no-recursion", "--verbatim-files-from", "--xattrs", "-T", "-", "-cf", "-"]
     pack_: list[str | Path] = ["sqfstar", "-quiet", "-no-progress", "-comp", "lz4", "-processors", "2", image]
     with (
@@ -179,7 +179,7 @@ def pack(image: Path, paths: list[bytes]) -> Path:
 @pytest.mark.timeout(240)
 @pytest.mark.nightly
 def test_a_real_tree_of_50_000_files(tmp_path: Path) -> None:
-    """Much of this system, without its large files: real names, links, owners, sizes, and all contents."""
+    """A large part of this system, without large files: real names, links, owners, sizes and contents."""
     paths, count = small_files(b"/usr", 50_000, 16 << 10)
     if count < 50_000:
         pytest.skip(f"this system has {count} small files only")
@@ -189,7 +189,7 @@ def test_a_real_tree_of_50_000_files(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_a_whole_system(tmp_path: Path) -> None:
-    """Large files too."""
+    """With large files too."""
     options = ("-comp", "zstd", "-Xcompression-level", "1")
     image = mksquashfs(tmp_path / "image.sqfs", Path("/usr"), options=options)
     assert compare(image) > 50_000

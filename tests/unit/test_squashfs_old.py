@@ -1,4 +1,4 @@
-"""Images of versions 1 to 3, in both byte orders, against the tree that they were made of and unsquashfs."""
+"""Images of versions 1 to 3 in both byte orders, compared with their tree and with unsquashfs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("unsquashfs"), reason="needs un
 
 
 def _compare(layer: SquashfsLayer, key: int, node: Node, version: int, seen: dict[Node, int]) -> None:
-    """The inode at *key* must be *node*, and so on below."""
+    """Fail unless the inode at *key* is *node*, recursively."""
     attr = layer.stat(key)
     is_timed = version == 3 or stat.S_ISDIR(node.mode) or stat.S_ISREG(node.mode)
     assert (attr.st_mode, attr.st_uid, attr.st_gid) == (node.mode, node.uid, node.gid)
@@ -54,7 +54,7 @@ def _compare(layer: SquashfsLayer, key: int, node: Node, version: int, seen: dic
 
 
 def _compare_unpacked(path: bytes, node: Node, is_timed: bool) -> None:
-    """What unsquashfs made must be *node* too: otherwise the image proves nothing."""
+    """Fail unless the output of unsquashfs is *node*, because the image proves nothing otherwise."""
     got = os.lstat(path)
     as_root = os.geteuid() == 0
     if as_root:
@@ -96,7 +96,7 @@ def test_old_images_are_read_as_unsquashfs_reads_them(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("kind", VENDORS)
 def test_lzma_of_vendors_is_read(tmp_path: Path, kind: str) -> None:
-    """No program here reads it: the writer follows the vendors' sources, and gzip shows the same tree."""
+    """No program here reads it: the writer follows the vendors' sources, and gzip gives the same tree."""
     firmware = tmp_path / "firmware"
     firmware.write_bytes(b"loader" * 100 + old_image(kind))
     with firmware.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Metadata blocks and the tables made of them, block by block."""
+"""Metadata blocks and their tables, block by block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the stack has a name, and by which rule, in layers made by hand."""
+"""Where the stack finds a name, and by which rule, in layers made by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Layers = Callable[..., Stack]
 
 @pytest.fixture
 def layers(tmp_path: Path) -> Iterator[Layers]:
-    """Make a stack of directories, topmost first: each a dict of path: text, None (a directory) or marks."""
+    """Build directories, topmost first, from dicts of path: text, None (a directory) or attributes."""
     with ExitStack() as opened:
 
         def make(*trees: dict[str, Any]) -> Stack:
@@ -58,7 +58,7 @@ def _put(at: Path, what: Any) -> None:
 
 
 def _said(stack: Stack, path: str, **options: Any) -> list[str]:
-    """Return the verdicts on a path, and at the end which layers' inodes are found."""
+    """Return the rules for a path, and the layers whose inodes are found."""
     verdicts: list[Verdict] = []
     found = stack.look(stack.roots, tuple(path.encode().split(b"/")), verdicts=verdicts, **options)
     told = [
@@ -164,7 +164,7 @@ def test_a_metacopy_in_the_lowest_layer_has_no_data(layers: Layers) -> None:
     ("value", "is_wrong"), [(b"x", True), (b"xxx", True), (b"xxxx", False), (b"", False)]
 )
 def test_a_metacopy_that_is_too_short_to_be_one(layers: Layers, value: bytes, is_wrong: bool) -> None:
-    """As the kernel's overlayfs has it: EIO for one to three bytes."""
+    """Like the kernel's overlayfs: EIO for one to three bytes."""
     stack = layers({"a": ("1", {"metacopy": value})}, {"a": "the data"})
     if not is_wrong:
         assert _said(stack, "a") == ["0 a METACOPY", "1 a DATA", "= [0, 1]"]

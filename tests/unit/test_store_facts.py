@@ -306,7 +306,7 @@ def test_rubbish_is_a_damaged_header(data: bytes) -> None:
 
 @pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a": ', "}")])
 def test_what_can_be_read_of_a_header_can_be_written(opening: str, closing: str) -> None:
-    """At some depth Python can read JSON, but not write it: which, is up to the version and to who calls."""
+    """From some depth on, Python can read JSON but not write it; the depth depends on version and caller."""
     start = header.to_json(header.new_header()).decode().rstrip("\n}")
     for depth in (1, 3, *range(850, 1000), 1500, 3000, 9000):
         data = f'{start}, "more": {opening * depth}1{closing * depth}}}'.encode()

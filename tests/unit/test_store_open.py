@@ -1,4 +1,4 @@
-"""Opening stores that are directories, or nowhere: what is recognised, refused, locked, left behind."""
+"""Opening stores in directories or memory: what is recognised, refused, locked and left behind."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 
 
 def hold(path: str, *prefix: str) -> subprocess.Popen[str]:
-    """Open a store in another process, and return when it is open."""
+    """Open a store in another process; return when it is open."""
     process = subprocess.Popen(
         [*prefix, sys.executable, "-c", HOLD, path],
         stdin=subprocess.PIPE,
@@ -400,7 +400,7 @@ def test_without_root_the_store_is_in_user_attributes(nobody_path: Path) -> None
 
 
 def test_directories_that_the_kernel_has_shut_are_opened_by_their_owner(nobody_path: Path) -> None:
-    """overlayfs makes work/work and work/index with mode 0."""
+    """overlayfs creates work/work and work/index with mode 0."""
     path = nobody_path / "store"
     as_nobody(OPEN, path)
     for name in ("work/work", "work/index"):
@@ -428,7 +428,7 @@ def test_a_store_that_is_not_ours_is_refused(nobody_path: Path) -> None:
 
 
 def test_without_root_an_image_is_opened_in_process(nobody_path: Path) -> None:
-    """With root's attributes in it: to write them into an image takes no privilege."""
+    """It has root's attributes, because writing them to an image needs no privilege."""
     run("mke2fs", "-q", "-t", "ext3", nobody_path / "image", "16M")
     (nobody_path / "image").chmod(0o666)
     for _ in range(2):
@@ -464,7 +464,7 @@ def test_memory_is_empty_and_gone_afterwards() -> None:
 
 
 def test_without_root_memory_is_an_image_that_is_nowhere() -> None:
-    """So it can hold whatever root's store can, takes no more memory than asked for, and leaves nothing."""
+    """It supports everything that root's store does, takes only the requested memory, and leaves nothing."""
     script = OPEN.replace(
         "store.close()", "print(store.path, store.size >> 20, store.free >> 20)\n    store.close()"
     )

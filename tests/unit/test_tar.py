@@ -1,4 +1,4 @@
-"""Tar archives as lowers: what others wrote into them is shown, or refused by name."""
+"""Tar archives as lowers: content is shown correctly, or refused with its name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Members = Callable[[Add], object]
 
 
 def made(path: Path, members: Members) -> Path:
-    """An archive of what *members* adds."""
+    """Make an archive with the files that *members* adds."""
     with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
 
         def add(name: str, data: bytes = b"", **facts: object) -> None:
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, members: Members, why: str) -
 
 
 def test_what_stands_for_all_members_is_bounded(tmp_path: Path) -> None:
-    """A header, once in an archive, that each of its members would be given."""
+    """A single header that applies to each member of the archive."""
 
     def refused(headers: dict[str, str], why: str) -> None:
         with tarfile.open(
@@ -207,7 +207,7 @@ def test_holes_in_each_form_of_gnu_tar(tmp_path: Path, form: str) -> None:
     ],
 )  # fmt: skip
 def test_acls_as_text(tmp_path: Path, text: str, shown: str | None) -> None:
-    """Those of the archives of tar --acls, star and bsdtar; what is no ACL is left out, as tar does."""
+    """ACLs in archives of tar --acls, star and bsdtar; invalid ones are ignored, as in tar."""
     headers = {"SCHILY.acl.access": text}
     with opened(made(tmp_path / "x.tar", lambda add: add("f", b"x", pax_headers=headers))) as layer:
         xattrs = {name: layer.getxattr(find(layer, "f"), name) for name in layer.listxattr(find(layer, "f"))}

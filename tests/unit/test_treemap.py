@@ -1,4 +1,4 @@
-"""The treemap of any number of files has a bounded number of areas."""
+"""The treemap of any number of files has a limited number of areas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a file on a server: whatever the server does, what is read is right, or an error."""
+"""Reading a file on a server: whatever the server does, the data is right, or there is an error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def server() -> Iterator[FileServer]:
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Nothing is kept on disk, unless a test says so."""
+    """Nothing is cached on disk unless a test asks for it."""
 
     def set_to(**how: object) -> None:
         monkeypatch.setattr(opened, "_settings", Settings(**{"patience": 60.0, "cache": "", **how}))  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., N
 
 
 def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """Begin *call*; what it returns, or raises, is put into the list."""
+    """Start *call* in a thread; its result or exception is appended to the list."""
     results: list[object] = []
 
     def run() -> None:
@@ -68,7 +68,7 @@ def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object
 
 
 def fetcher_of(file: Opened) -> int:
-    """The process that fetches, which one that does nothing else has forked."""
+    """Return the fetcher process, which a helper process has forked."""
     above = file.file._link._process.pid
     children = Path(f"/proc/{above}/task/{above}/children")
     eventually(lambda: children.read_text().split(), "a process that fetches")
@@ -335,7 +335,7 @@ def test_so_is_one_after_which_the_server_closes(monkeypatch: pytest.MonkeyPatch
 
 
 class Fetching:
-    """Answers as a process that fetches, and has been taken over, might."""
+    """Reply like a fetcher process that an attacker has taken over."""
 
     pid = 0
 

@@ -1,4 +1,4 @@
-"""Bytes that are compared with a hash tree of dm-verity's."""
+"""Data that is checked with a dm-verity hash tree."""
 
 from __future__ import annotations
 

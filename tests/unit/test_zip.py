@@ -1,4 +1,4 @@
-"""Zip archives as lowers: what others wrote into them is shown, or refused by name."""
+"""Zip archives as lowers: content is shown correctly, or refused with its name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Members = Callable[[zipfile.ZipFile], object]
 
 
 def made(path: Path, members: Members) -> Path:
-    """An archive of what *members* adds."""
+    """Make an archive with the files that *members* adds."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         members(archive)
     return path
@@ -118,7 +118,7 @@ def encrypted(data: bytes) -> bytes:
 
 
 def numbered(field: int, value: int) -> Callable[[bytes], bytes]:
-    """The same with a number of four bytes in the first entry of the central directory."""
+    """Set a four-byte number in the first entry of the central directory."""
 
     def changed(data: bytes) -> bytes:
         at = data.index(b"PK\1\2") + field
@@ -183,7 +183,7 @@ def test_a_wrong_crc_is_an_error(tmp_path: Path, method: int) -> None:
 def test_a_large_member_is_decompressed_once_and_read_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In pieces, from its start, none of it twice. Then anywhere: from a place near it."""
+    """Read in pieces from the start, each once; then anywhere, from a near position."""
     blocks = 0
 
     class Counted(zip_data.Unpacker):
@@ -213,7 +213,7 @@ def test_a_large_member_is_decompressed_once_and_read_anywhere(
 
 
 def test_places_beyond_4_gib_are_read(tmp_path: Path) -> None:
-    """Zip64: the numbers are in extra fields, and the end of the directory is another."""
+    """Zip64: the numbers are in extra fields, and there is another end record."""
 
     def members(archive: zipfile.ZipFile) -> None:
         with archive.open(info("x"), "w", force_zip64=True) as file:
@@ -237,7 +237,7 @@ def test_places_beyond_4_gib_are_read(tmp_path: Path) -> None:
 
 
 class _Held:
-    """The bytes of an archive, of which some are only given when they may be."""
+    """The bytes of an archive, some of which are delivered only on a signal."""
 
     def __init__(self, data: bytes, held: range) -> None:
         self._data, self._held = data, held
@@ -252,7 +252,7 @@ class _Held:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_nobody_waits_for_those_who_read_other_members(method: int) -> None:
-    """Whose headers are a multiple of 64 bytes apart, say: one user could stop all others."""
+    """Headers 64 bytes apart, for example: one user could block all others."""
     member = bytes([*b"PK\3\4", *bytes(26)])
     big = random.Random(1).randbytes(400_000)
     packed = big if method == zipfile.ZIP_STORED else raw_deflated(big)
