@@ -98,8 +98,9 @@ class Output:
     before: Callable[[Path, Path], object] = lambda made, place: None
 
 
-def _export(form: str, *, force: bool = False) -> Callable[[Path, Path], object]:
-    return lambda made, place: api.export(str(made / "store.bs"), str(place / "out"), How(form, force=force))
+def _export(form: str, *, force: bool = False, merged: bool = False) -> Callable[[Path, Path], object]:
+    how = How(form, force=force, merged=merged)
+    return lambda made, place: api.export(str(made / "store.bs"), str(place / "out"), how)
 
 
 def _old(_: Path, place: Path) -> None:
@@ -114,6 +115,11 @@ OUTPUTS: dict[str, Output] = {
     "overlayfs": Output(_export("overlayfs")),
     "patch": Output(_export("patch", force=True), _old),
     "squashfs": Output(_export("squashfs"), lambda made, place: programs_for("tar2sqfs")),
+    "rsync": Output(_export("rsync", force=True), _old),
+    "restic": Output(_export("restic")),
+    "merged tar": Output(_export("tar", merged=True, force=True), _old),
+    "merged oci": Output(_export("oci", merged=True)),
+    "merged squashfs": Output(_export("squashfs", merged=True), lambda made, place: programs_for("tar2sqfs")),
     "iso": Output(
         lambda made, place: api.export(
             str(made / "store.bs"), str(place / "out"), How("iso", base=str(made / "base.iso"))
