@@ -150,6 +150,7 @@ def test_what_only_the_lower_has_comes_along(lower: Path, tmp_path: Path) -> Non
     assert again == first
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.nightly
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize(("to", "kills"), [("overlayfs", 2), ("aufs", 2), ("overlayfs", 30), ("aufs", 30)])
