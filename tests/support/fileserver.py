@@ -59,6 +59,9 @@ class Served:
     bytes: int = 0
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     waiting: int = 0
+    under_way: int = 0
+    most_under_way: int = 0
+    """The highest number of requests that were served at the same time."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -85,7 +88,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing."""
 
     def do_GET(self) -> None:
-        behaviour, served = self.server.behaviour, self.server.served
+        served = self.server.served
+        with served.lock:
+            served.under_way += 1
+            served.most_under_way = max(served.most_under_way, served.under_way)
+        try:
+            self._get(self.server.behaviour, served)
+        finally:
+            with served.lock:
+                served.under_way -= 1
+
+    def _get(self, behaviour: Behaviour, served: Served) -> None:
         self.path = unquote(self.path.partition("?")[0])
         with served.lock:
             served.requests += 1

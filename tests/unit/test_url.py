@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -88,11 +87,9 @@ def test_reads_what_the_server_has(server: FileServer) -> None:
 def test_who_reads_on_waits_seldom(server: FileServer) -> None:
     server.behaviour.latency = 0.02
     with closing(open_url(server.url())) as file:
-        begun = time.monotonic()
         assert b"".join(file.pread(20_000, at) for at in range(0, len(DATA), 20_000)) == DATA
-        took = time.monotonic() - begun
         assert server.served.requests <= 20  # a request a block would be 41
-        assert took < 41 * 0.02
+        assert server.served.most_under_way >= 2  # it reads ahead while it is read
         assert server.served.bytes <= len(DATA) + 4096  # nothing twice
 
 
