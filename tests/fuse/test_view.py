@@ -419,7 +419,7 @@ async def test_failures_are_answered(
 
 
 async def test_a_damaged_inode_is_listed(layer: Ext3Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its neighbours are readable, and the error is reported for it alone."""
+    """Only the damaged inode reports an error; its neighbours are readable."""
     lookup = layer.lookup
 
     def damaged(directory: int, name: bytes) -> Any:

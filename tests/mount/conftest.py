@@ -1,4 +1,4 @@
-"""What is mounted is tested with both ways that requests come by."""
+"""Run the tests of mounts with both transports."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def stopped(here: Mounted) -> Iterator[int]:
 
 @pytest.mark.parametrize("nobody", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_nobody_waits_for_a_stopped_daemon(base: Path, nobody: bool) -> None:
-    """It is said which it is, and how it goes on; then all is as it was."""
+    """The message names the daemon and says how to continue it; afterwards everything works as before."""
     if nobody and os.geteuid() != 0:
         pytest.skip("needs root, to be another user")
     with mounted(base / "lower", base / "mnt2", nobody=nobody) as here:

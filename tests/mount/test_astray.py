@@ -1,4 +1,4 @@
-"""What is deleted, renamed, replaced or truncated while it is mounted is noticed, and told."""
+"""Stores and lowers that are deleted, renamed, replaced or truncated while mounted are reported."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def content(store: Path) -> dict[str, bytes]:
 def test_a_store_elsewhere(
     tmp_path: Path, nobody_path: Path, nobody: bool, kind: str, act: Callable[[Path], object], said: str
 ) -> None:
-    """All that is written to it is in it, and nothing in what has its name."""
+    """Everything written goes to the moved store, and nothing to what now has its name."""
     base = nobody_path if nobody else tmp_path
     as_who = as_nobody_prefix() if nobody else []
 

@@ -43,7 +43,7 @@ def lower(tmp_path: Path) -> Path:
 
 
 def branch(top: Path) -> Path:
-    """What aufs has written, by its own rules: whiteouts are links of one file."""
+    """Make a branch as aufs writes it: its whiteouts are hard links of one file."""
     for name in (".wh..wh.plnk", ".wh..wh.orph", "etc/conf", "etc/new"):
         (top / name).mkdir(parents=True)
     base = top / ".wh..wh.aufs"
@@ -73,7 +73,7 @@ AS_AUFS_SHOWS_IT = {
 
 
 def change(top: Path) -> None:
-    """What users do."""
+    """Change the tree as users do."""
     (top / "usr/a").write_text("changed\n")
     (top / "usr/b").unlink()
     (top / "usr/c").rename(top / "usr/moved")
@@ -131,7 +131,7 @@ def test_read_and_written(store: Path, lower: Path, tmp_path: Path) -> None:
 
 
 def copies(store: Path, place: Path) -> None:
-    """It is copied, and made larger and smaller, as any other; it has one root."""
+    """The store can be copied, grown and shrunk like any other; it has one root."""
     copy = place / "copy.bs"
     cowfs("backup", store, copy, check=True)
     cowfs("grow", copy, "24", check=True)
@@ -142,7 +142,7 @@ def copies(store: Path, place: Path) -> None:
 
 
 def must_be_refused(mount: Mounted) -> None:
-    """What aufs cannot say."""
+    """Check that the mount refuses what the aufs format cannot express."""
     top = mount.path
     for call, code in (
         ((top / ".wh.name").touch, errno.EPERM),
@@ -211,7 +211,7 @@ def test_a_directory(lower: Path, tmp_path: Path) -> None:
 
 
 def test_killed(store: Path, lower: Path, tmp_path: Path) -> None:
-    """What was acknowledged is there after a kill, in the same format; hard links too."""
+    """After a kill, acknowledged changes and hard links are there, in the same format."""
     with mounted(lower, tmp_path / "m", store) as mount:
         change(mount.path)
         before = snapshot(mount.path)

@@ -115,7 +115,7 @@ def test_it_needs_root(nobody_path: Path) -> None:
 
 
 def test_installed_beside_cowfs_and_nothing_of_the_callers_path(tmp_path: Path) -> None:
-    """It is for root: what another's PATH leads to is not run, nor does Python import what is theirs."""
+    """Root runs it, so it runs nothing from the caller's PATH and imports no Python of the caller's."""
     script = tmp_path / "bin" / "sysresccd-backstore"
     script.parent.mkdir()
     shutil.copy(SCRIPT, script)

@@ -208,7 +208,7 @@ def copied(source: Path, target: Path, change: Callable[[], None], *, after: int
 
 @needs_root
 def test_changed_in_the_tick_in_which_it_was_copied(tmp_path: Path) -> None:
-    """Where times are whole seconds a change may leave no trace in them."""
+    """With times of whole seconds, a change may leave the times as they are."""
     with ext3.mounted(ext3.make(tmp_path / "image", 1024, 128, 8 << 20)) as layer:
         source = Path(layer.name) / "tree"
         source.mkdir()

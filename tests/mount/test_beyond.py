@@ -1,4 +1,4 @@
-"""What pyfuse3 has no handlers for: fallocate, copy_file_range, chattr, and when a file was made."""
+"""Requests without handlers in pyfuse3: fallocate, copy_file_range, chattr, birth times."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def errno_of(call: object, *arguments: object) -> int:
 
 
 def requests(mount: Mounted) -> dict[str, int]:
-    """How many of each kind have succeeded."""
+    """Return how many requests of each kind have succeeded."""
     shown = json.loads(cowfs("info", mount.path, "--json", check=True).stdout)
     return {name: said["count"] - said["errors"] for name, said in shown["requests"]["operations"].items()}
 
@@ -108,7 +108,7 @@ def birth(path: Path) -> int | None:
 
 
 def test_chattr(place: Place) -> None:
-    """Of a file and a directory of the lower, and a new one; the kernel asks who may."""
+    """Set flags of a lower file, a lower directory and a new file; the kernel checks permissions."""
     with place.mounted() as mount:
         (mount.path / "new").touch()
         for name in ("file", "directory", "new"):
@@ -139,7 +139,7 @@ def test_chattr(place: Place) -> None:
 
 
 def test_flags_are_inherited(image: Place) -> None:
-    """From the directory, also by what takes the place of a deleted name, or had no name at first."""
+    """Files inherit flags from the directory, even in the place of a deleted name or made without a name."""
     with image.mounted() as mount:
         run("chattr", "+dD", mount.path)
         for name in ("file", "directory"):
@@ -181,7 +181,7 @@ def test_blocks_are_allocated_as_the_store_can(place: Place) -> None:
 
 
 def test_ranges_are_copied(place: Place) -> None:
-    """From the lower, to the lower, within a file; by one request that goes through the store alone."""
+    """Copy from the lower, to the lower and within a file, with one request that only the store serves."""
     with place.mounted() as mount:
         source = os.open(mount.path / "file", os.O_RDONLY)
         target = os.open(mount.path / "new", os.O_RDWR | os.O_CREAT)
@@ -218,7 +218,7 @@ def test_a_large_file_of_the_lower(image: Place, begun: bool) -> None:
 
 
 def test_a_range_is_copied_to_a_large_file(image: Place) -> None:
-    """Of which the rest stays where it is."""
+    """The rest of the file stays in the lower."""
     with image.mounted() as mount:
         source, target = (os.open(mount.path / name, os.O_RDWR) for name in ("file", "large"))
         assert os.copy_file_range(source, target, 10_000, 0, (79 << 20) - 5000) == 10_000
@@ -228,7 +228,7 @@ def test_a_range_is_copied_to_a_large_file(image: Place) -> None:
 
 
 def test_set_id_bits_go(nobody_path: Path) -> None:
-    """With a hole that is punched, and a range that is copied, by an ordinary user."""
+    """Punching a hole and copying a range clear them when an ordinary user does it."""
     with Place(nobody_path, "image").mounted() as mount:
         path = mount.path / "set-id"
         copy = "import os, sys; fd = os.open(sys.argv[1], os.O_RDWR); os.copy_file_range(fd, fd, 9, 0, 99)"

@@ -64,7 +64,7 @@ def shell(mount: Mounted, script: str) -> str:
 def told(
     *arguments: str | os.PathLike[str], nobody: bool = False, code: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """What ``cowfs blame`` tells of one path, by kinds."""
+    """Return what ``cowfs blame`` prints for one path, by kind."""
     done = cowfs("blame", *arguments, "--json", nobody=nobody)
     assert done.returncode == code, done.stderr
     entries = [json.loads(line) for line in done.stdout.splitlines()]
@@ -74,7 +74,7 @@ def told(
 
 
 def words(deed: dict[str, Any]) -> str:
-    """What distinguishes a command line: its last argument."""
+    """Return the last argument of a command line, by which these tests tell processes apart."""
     return str(deed["process"]["command"][-1])
 
 

@@ -156,7 +156,7 @@ def test_walk_look_mark_revert_undo_quit(tmp_path: Path) -> None:
 
 
 def browse_mount(mountpoint: Path) -> None:
-    """From a directory on, while others change things."""
+    """Browse from a directory on, while others change files."""
     with terminal("browse", mountpoint / "dir") as screen:
         screen.shows("8 changes", "dir/  (1)", "M text")
         screen.keys(DOWN)

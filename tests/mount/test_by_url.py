@@ -48,7 +48,7 @@ def server(lower: Path) -> Iterator[FileServer]:
 
 
 def as_user(script: str, at: Path, *, nobody: bool) -> str:
-    """What a shell script prints that the user runs in a directory: root does not see nobody's mount."""
+    """Return what a shell script prints that the user runs in a directory: root cannot see nobody's mount."""
     return run(*(as_nobody_prefix() if nobody else []), "sh", "-c", f"cd '{at}' && {script}").stdout
 
 

@@ -155,7 +155,7 @@ def take_two(mnt: Path) -> tuple[Seen, Seen]:
 
 
 def seen_by_kernel(store: Path, place: Path) -> dict[str, object]:
-    """What the kernel's overlayfs shows where `cowfs info --kernel` has it mounted."""
+    """Return the tree that the kernel's overlayfs shows, mounted as `cowfs info --kernel` says."""
     commands = cowfs("info", store, "--kernel", check=True).stdout
     look = f"exec {sys.executable} -m tests.mount.test_checkpoint {place}"
     inside = f"set -e\nmount -t tmpfs none /run\n{commands}\ncd {project_root()}\n{look}"
@@ -358,7 +358,7 @@ def test_made_while_others_write(tmp_path: Path, kind: str) -> None:
 @needs_root
 @pytest.mark.nightly
 def test_a_full_store(tmp_path: Path) -> None:
-    """What cannot be kept is said in a line, and changes nothing."""
+    """A checkpoint that does not fit fails with one line, and changes nothing."""
     (tmp_path / "lower").mkdir()
     store = tmp_path / "store.bs"
     assert cowfs("create", store, "16").returncode == 0
@@ -390,7 +390,7 @@ def patch_between(what: Path, since: str, until: str) -> bytes:
 
 
 def files_of(top: Path) -> dict[str, object]:
-    """What git keeps: contents, links, and who may run it."""
+    """Return what git stores of a tree: contents, links and execute permission."""
     found: dict[str, object] = {}
     for here, _, files in os.walk(top):
         for name in files:
@@ -407,7 +407,7 @@ if __name__ == "__main__":
 
 
 def test_the_mount_moves_its_upper_itself(tmp_path: Path) -> None:
-    """That is no news to tell: nobody else has renamed a part of the store."""
+    """The mount does not report this as a change of its store by others."""
     (tmp_path / "lower").mkdir()
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
         (here.path / "new").write_text("x")

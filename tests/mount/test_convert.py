@@ -53,7 +53,7 @@ def modified(lower: Path, store: Path, at: Path) -> dict[str, int]:
 
 
 def comparable(tree: Snapshot) -> Snapshot:
-    """What a conversion keeps; what is at no other place, which has another number."""
+    """Return what a conversion keeps of a tree; inode numbers may change."""
     kept = without_times(tree)
     return {
         path: {key: value for key, value in facts.items() if key not in {"ino", "d_ino"}}
@@ -278,7 +278,7 @@ def test_a_directory(lower: Path, tmp_path: Path) -> None:
 
 
 def test_what_nobody_sees_does_not_come_along(lower: Path, tmp_path: Path) -> None:
-    """What aufs leaves when it crashes, whiteouts in opaque directories, and the time of the root."""
+    """Remains of a crash of aufs, whiteouts in opaque directories, and the time of the root are dropped."""
     top = branch(tmp_path / "branch")
     for name in (".wh..wh.half.1a2b/x", "etc/new/.wh..wh.half.1a2b/x", "etc/conf/a"):
         (top / name).mkdir(parents=True)

@@ -63,7 +63,7 @@ def lowers(tmp_path: Path) -> list[Path]:
 
 
 def seen(top: Path) -> Seen:
-    """What can be read, and what is listed of that. What has no data the kernel shows until it is opened."""
+    """Return what can be read, and which of it is listed. The kernel lists files without data too."""
     found: Seen = {}
     for name in NAMES:
         try:

@@ -1,4 +1,4 @@
-"""What a daemon tells of itself: --debug, SIGUSR1, and failures that nobody expected."""
+"""What a daemon reports about itself: --debug, SIGUSR1, and unexpected failures."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ ALL_ON = "redirect_dir=on,metacopy=on,index=on,xino=on"
 
 
 def changes(store: Path, lowers: Sequence[Path]) -> list[Change]:
-    """What `diff` says about a store."""
+    """Return the changes that `diff` finds in a store."""
     upper = open_directory(str(store))
     layers = [open_directory(str(lower)) for lower in lowers]
     descriptors = len(os.listdir("/proc/self/fd"))

@@ -42,7 +42,7 @@ def script(text: str, directory: Path, nobody: bool = False) -> None:
 
 
 def tree(top: Path) -> dict[str, object]:
-    """What a patch can tell of a tree: files, whether they are programs, and symlinks."""
+    """Return what a patch can express of a tree: files, their execute permission, and symlinks."""
     found: dict[str, object] = {}
     for directory, _, names in os.walk(top):
         for name in names:

@@ -28,7 +28,7 @@ NAMES = [b"a", b"b", b"c", b"d", b"\xffe"]
 
 
 def paths(top: Path) -> tuple[list[bytes], list[bytes]]:
-    """All paths in a tree, and those of directories."""
+    """Return all paths in a tree, and those of directories."""
     every: list[bytes] = []
     folders = [os.fsencode(top)]
     for folder, names, files in os.walk(os.fsencode(top)):
@@ -151,7 +151,7 @@ WORDS = {
 
 
 def naive(new: dict[str, Any], old: dict[str, Any]) -> set[str]:
-    """What differs between two entries of snapshots."""
+    """Return what differs between two entries of snapshots."""
     if new["type"] != old["type"]:
         return {"type"}
     ignored = {"dir": {"mtime"}, "symlink": {"size"}}.get(new["type"], set())

@@ -1,4 +1,4 @@
-"""What was written last is read, whoever reads it: asynchronous direct writes beside buffered reads."""
+"""Reads return what was written last, with asynchronous direct writes beside buffered reads."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ KINDS = {
     ],
 )
 def test_every_mix(tmp_path: Path, kind: str, seconds: float) -> None:
-    """Of a file of the lower, which is copied up meanwhile, and of one that is new."""
+    """Use a lower file, which is copied up meanwhile, and a new one."""
     (tmp_path / "lower").mkdir()
     content = os.urandom(50_000)
     (tmp_path / "lower" / "old").write_bytes(content)

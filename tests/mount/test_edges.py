@@ -16,7 +16,7 @@ from tests.support.system import needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, needs_root, pytest.mark.nightly, pytest.mark.timeout(1800)]
 SITUATIONS = 5000
-"""There are more."""
+"""At least this many are tested."""
 
 
 def edges(what: str, directory: Path) -> str:
@@ -27,7 +27,7 @@ def edges(what: str, directory: Path) -> str:
 
 
 def unlike(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """What differs, but for chown(2) of nothing: FUSE passes on no field of it."""
+    """Return the differences, except of chown(2) without an owner: FUSE passes none of its fields on."""
     return {
         said: (found.get(said), told)
         for said, told in wanted.items()
@@ -37,7 +37,7 @@ def unlike(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def wanted(ext3: Path) -> dict[str, Any]:
-    """What bare ext3 answers."""
+    """The results on bare ext3."""
     edges("build", ext3 / "bare")
     told: dict[str, Any] = json.loads(edges("run", ext3 / "bare"))
     shutil.rmtree(ext3 / "bare")

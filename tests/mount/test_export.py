@@ -65,12 +65,12 @@ class Work:
     """A store, and what its merged tree was."""
 
     made: Path
-    """Where store and lower are."""
+    """The directory of the store and the lower."""
     top: Path
     """For what a test makes."""
     tree: Snapshot
     mounted: dict[str, bytes]
-    """What was exported while it was mounted."""
+    """The export that was made while the store was mounted."""
 
     @property
     def store(self) -> Path:
@@ -93,7 +93,7 @@ class Work:
 
 
 def seen(top: Path, *, seconds: bool = False, times: bool = True) -> Snapshot:
-    """What two trees must agree on."""
+    """Return what two trees must have in common."""
     found = snapshot(top)
     for facts in found.values():
         for key in ("ino", "same_dev", "d_ino", *(() if times else ("mtime",))):

@@ -200,7 +200,7 @@ def test_all_is_the_same_after_a_remount(any_base: Path) -> None:
 
 
 def test_a_store_that_was_begun_without(base: Path) -> None:
-    """What belongs to the user there goes on belonging to the user; what is made now belongs to root."""
+    """Files of the user still belong to the user; new files belong to root."""
     tree.build(base / "lower", {"dir/file": b"x\n"})
     if os.geteuid() == 0:
         run("chown", "-R", f"{NOBODY}:{NOBODY}", base / "lower")
@@ -277,7 +277,7 @@ def test_chown_of_a_whole_tree(any_base: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg")
 def test_dpkg_installs_a_package(base: Path, tmp_path: Path) -> None:
-    """With files of several owners, made offline; dpkg says no word of permissions."""
+    """The package was built offline, with files of several owners; dpkg reports no permission problem."""
     made = base / "hello"
     tree.build(
         made,
@@ -424,7 +424,7 @@ def layer(nobody_path: Path) -> Iterator[DirectoryLayer]:
 
 
 def test_a_layer_holds_devices(layer: DirectoryLayer, nobody_path: Path) -> None:
-    """Which reach it by copy-up, and from users who may make them."""
+    """Devices come by copy-up, and from users who may create them."""
     top = layer.lookup(layer.root, b"tree")
     assert top
     block = layer.mknod(top[0], b"block", stat.S_IFBLK | 0o640, os.makedev(259, 70000), 5, 6)
@@ -454,7 +454,7 @@ def test_a_layer_holds_devices(layer: DirectoryLayer, nobody_path: Path) -> None
 
 
 def test_a_layer_changes_owners_of_links(layer: DirectoryLayer) -> None:
-    """What takes no note becomes one that does when it is given a second name, not later."""
+    """An inode that can have no note is replaced when it gets a second name, not later."""
     top = layer.lookup(layer.root, b"tree")
     assert top
     key = layer.symlink(top[0], b"link", b"to \xff where", 0, 0)

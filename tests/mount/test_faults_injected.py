@@ -20,7 +20,7 @@ from tests.support.system import needs_fuse
 pytestmark = needs_fuse
 DEV_FUSE_AT_NIGHT = True
 DEAD = {"ENOTCONN", "ECONNABORTED", "ECANCELED"}
-"""What the kernel says of a mount whose daemon has just died, or for some time."""
+"""The errors of a mount whose daemon has died, just now or some time ago."""
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def lower(tmp_path: Path) -> Path:
 
 
 def outcome(call: Callable[..., object], *arguments: object) -> object:
-    """What a call returns, or the name of its errno."""
+    """Return the result of a call, or the name of its errno."""
     try:
         return call(*arguments)
     except OSError as failure:

@@ -45,7 +45,7 @@ class Command:
 
 
 def _shape(line: str) -> str:
-    """What a line says, without its figures: the label of a field, or all but the numbers."""
+    """Return a line without its figures: the label of a field, or everything but the numbers."""
     label = re.match(r"[a-z ]+: +", line)
     return label[0].strip() if label else re.sub(r"[\d.,]+", "N", line)
 

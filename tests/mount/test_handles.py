@@ -50,7 +50,7 @@ def opened(mount: Path, handle: Handle, flags: int = os.O_RDONLY) -> int:
 
 
 def content(mount: Path, handle: Handle) -> str:
-    """What a file's handle leads to."""
+    """Return the content of the file that a handle leads to."""
     fd = opened(mount, handle)
     try:
         return os.read(fd, 100).decode()
@@ -79,7 +79,7 @@ def lower(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mount(lower: Path, tmp_path: Path) -> Iterator[Mounted]:
-    """It, and changes of all kinds."""
+    """Mount the lower, and make changes of all kinds."""
     with mounted(lower, tmp_path / "mnt", tmp_path / "store") as made:
         yield made
 

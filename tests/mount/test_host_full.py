@@ -236,7 +236,7 @@ def test_full_already(base: Path, kind: str) -> None:
 
 
 def test_a_limit_is_told_by_the_calls(base: Path) -> None:
-    """As ulimit -f and quotas are: nothing is acknowledged that cannot be kept."""
+    """With a limit such as ulimit -f or a quota, nothing is acknowledged that cannot be written."""
     with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here, worker(here) as work:
         run("prlimit", f"--pid={here.pid()}", "--fsize=65536:unlimited")  # its log is not so long
         assert work("os.mkdir('lost')") == -errno.EFBIG
@@ -252,7 +252,7 @@ def test_a_limit_is_told_by_the_calls(base: Path) -> None:
 
 @on("tmpfs", "ext3")
 def test_the_kernel_gets_a_store_that_cannot_run_out_of_its_disk(base: Path, kind: str) -> None:
-    """It would lose what it could not write, and tell nobody: a sparse store gets its blocks first."""
+    """A sparse store gets its blocks first: the kernel would lose what it cannot write, without an error."""
     with host(kind, base / "host", 128) as at:
         store = sparse_copy(base / "whole", at / "store")
         other = fill(at, 40 * MIB)

@@ -22,7 +22,7 @@ pytestmark = needs_root
 
 
 def writes_of(step: Callable[[], None]) -> int:
-    """How many writes a step does in a thread of its own."""
+    """Return how many writes a step makes, run in a thread of its own."""
     seen: list[int] = []
 
     def measured() -> None:

@@ -103,7 +103,7 @@ def test_a_thin_volume_that_is_full_is_told_by_fsync(base: Path, thin: tuple[Pat
 
 
 def test_what_a_thin_volume_refused_and_the_kernel_forgot(base: Path, thin: tuple[Path, Path]) -> None:
-    """Nobody has it any more: so the store stays as the last commit left it, and the log names the files."""
+    """The data is lost, so the store stays as the last commit left it, and the log names the files."""
     at, pool = thin
     store = sparse_copy(base / "whole", at / "store")
     run("sync", "-f", store)
@@ -187,7 +187,7 @@ def refused_names(base: Path, thin: tuple[Path, Path]) -> Iterator[tuple[Mounted
 
 @contextmanager
 def next_mount(base: Path, thin: tuple[Path, Path], mountpoint: Path) -> Iterator[Callable[[], bool]]:
-    """Who wants the store next, and waits for it by now; yields whether that has ended, and well."""
+    """Start another mount of the store, which waits; yield a call that tells whether it succeeded."""
     said = base / "next.said"
     with (
         said.open("wb") as stream,
@@ -208,7 +208,7 @@ def next_mount(base: Path, thin: tuple[Path, Path], mountpoint: Path) -> Iterato
 
 @pytest.mark.slow
 def test_refused_in_the_background(base: Path, thin: tuple[Path, Path]) -> None:
-    """Nobody asks for the commit: the log, info, diff and umount tell, and it goes on without being asked."""
+    """A commit in the background fails: the log, info, diff and umount report it, and it is retried."""
     with refused_names(base, thin) as (here, other), worker(here) as work:
         eventually(lambda: stalled(here), "the commit every five seconds has failed")
         assert work("os.mkdir('later')") == -errno.ENOSPC

@@ -1,4 +1,4 @@
-"""Who may do what on a lower that knows no access control lists, as a squashfs does not."""
+"""Permissions on a lower without access control lists, such as a squashfs."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _fuse_mounts(below: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """How the parts of a union lie to each other, by names in one directory."""
+    """The places of the parts of a union, as names in one directory."""
 
     lowers: str
     at: str
@@ -137,7 +137,7 @@ cat renamed; test ! -e gone; test -d new/dir; test -e sub/touched; ls -lR . >/de
 
 
 def inside(at: Path, script: str, prefix: Sequence[str]) -> str:
-    """What a shell in the union says; it must not take long."""
+    """Return what a shell in the union prints; it must end soon."""
     return run(*prefix, "timeout", "-k1", "20", "sh", "-euc", script, "sh", at, timeout=30).stdout
 
 

@@ -41,7 +41,7 @@ def mount(tmp_path: Path) -> Iterator[Mounted]:
 
 
 def transport(mount: Mounted) -> str:
-    """What ``cowfs info`` calls the way of requests."""
+    """Return the transport that ``cowfs info`` shows."""
     found: str = json.loads(cowfs("info", mount.path, "--json", check=True).stdout)["transport"]
     return found
 
@@ -168,7 +168,7 @@ with concurrent.futures.ThreadPoolExecutor(6) as clients:
 
 
 def test_room_that_was_given_back_is_there_at_once(mount: Mounted) -> None:
-    """What the kernel forgets comes by another way, and later."""
+    """FORGET requests come over /dev/fuse, and later."""
     for _ in range(5):
         before = os.statvfs(mount.path).f_bavail
         (mount.path / "huge").write_bytes(bytes(4 << 20))
@@ -268,7 +268,7 @@ os.execv(sys.executable, [sys.executable, "-m", "cowfs.cli.main", *sys.argv[1:]]
 
 
 def test_rings_that_cannot_be_had(tmp_path: Path) -> None:
-    """Where io_uring is forbidden, as in containers, a mount says so and goes on; but not with =on."""
+    """Without permission for io_uring, as in containers, a mount says so and works; with =on it fails."""
     (tmp_path / "lower").mkdir()
     (tmp_path / "mnt").mkdir()
     places = [tmp_path / "lower", tmp_path / "mnt"]

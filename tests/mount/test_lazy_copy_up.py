@@ -170,7 +170,7 @@ def refused_by_the_kernel(place: Place) -> None:
 
 
 def test_a_store_with_less_room_than_the_file(tmp_path: Path) -> None:
-    """What is written has room or has not; what nobody waits for takes none from others."""
+    """Writes get space or ENOSPC; the copy in the background takes no space that others need."""
     place = Place(tmp_path, size="48")
     with place.mounted() as mount:
         change_a_byte(mount.path / "big")
@@ -234,7 +234,7 @@ def test_all_that_can_be_done_to_it(tmp_path: Path) -> None:
 
 
 def test_removed_and_replaced_while_it_is_not_whole(tmp_path: Path) -> None:
-    """Who has it open goes on; the store forgets it."""
+    """Processes that have the file open continue; the store forgets the file."""
     place = Place(tmp_path)
     with place.mounted() as mount:
         big = mount.path / "big"
@@ -270,7 +270,7 @@ def test_links_are_whole(tmp_path: Path) -> None:
 
 
 def test_the_kernels_engine_completes_what_it_finds(tmp_path: Path) -> None:
-    """It reads such a file, and has it whole before it lets anybody write."""
+    """The kernel's engine reads a partial file, and completes it before anybody can write."""
     place = Place(tmp_path)
     with place.mounted() as mount:
         change_a_byte(mount.path / "big")
@@ -306,7 +306,7 @@ def test_another_file_in_the_lower_is_refused(tmp_path: Path) -> None:
 
 
 def test_kept_and_grown_while_it_is_not_whole(tmp_path: Path) -> None:
-    """In memory nothing is copied that nobody writes to; kept, and then grown, the file becomes whole."""
+    """A store in memory copies only what is written; after persist and grow, the file becomes complete."""
     place = Place(tmp_path, image=True)
     place.store = tmp_path / "kept.bs"
     with mounted(place.lower, tmp_path / "memory", "memory", quiet=False) as mount:
@@ -323,7 +323,7 @@ def test_kept_and_grown_while_it_is_not_whole(tmp_path: Path) -> None:
 
 
 def test_a_directory_has_whole_files(tmp_path: Path) -> None:
-    """In a store that is a directory a hole may be anything: there a file is copied up at once."""
+    """A store in a directory copies files up at once, since a hole there can mean anything."""
     place = Place(tmp_path)
     place.store = tmp_path / "directory"
     with place.mounted() as mount:

@@ -1,4 +1,4 @@
-"""What the C module beside pyfuse3 brings, each seen in effect on a mount: a silent fallback fails."""
+"""The features of the C module beside pyfuse3, each tested by its effect, so that a silent fallback fails."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Noted:
         self._notes = notes
 
     def requests(self, kind: str, name: bytes = b"") -> int:
-        """How many requests of this kind came since :meth:`forget`, or of them those with this name."""
+        """Return how many requests of this kind, or with this name, came since :meth:`forget`."""
         lines = [line.partition(" ") for line in self._notes.read_text().splitlines()]
         return sum(line[0] == kind and (not name or line[2] == repr(name)) for line in lines)
 

@@ -27,7 +27,7 @@ def limited(limit: str, *command: object, user: int = 0) -> subprocess.Completed
 @pytest.mark.parametrize("limit", ["--nofile=16", "--nofile=40", "--nproc=1", "--nproc=2", "--data=20000000"])
 @needs_root
 def test_what_is_too_low_is_told(nobody_path: Path, limit: str) -> None:
-    """As another user: root may start any number of processes."""
+    """Run as another user, because root may start any number of processes."""
     for name in ("lower", "mnt"):
         (nobody_path / name).mkdir(mode=0o777)
         (nobody_path / name).chmod(0o777)

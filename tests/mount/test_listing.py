@@ -284,7 +284,7 @@ def test_ten_thousand_names(folder: Path) -> None:
 
 
 def test_directories_count_those_in_them(tmp_path: Path) -> None:
-    """As on ext3, from the first stat, whatever was made, removed and renamed, in which layer it is."""
+    """Link counts are those of ext3 from the first stat, after any change, in any layer."""
     layers = [tmp_path / "one", tmp_path / "two"]
     for layer, names in zip(layers, (["a/b", "a/c/d", "e"], ["a/c/f", "a/g", "h/i"]), strict=True):
         for name in names:

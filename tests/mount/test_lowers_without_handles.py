@@ -16,7 +16,7 @@ NAMES = ("dir/one", "dir/two", "three")
 
 
 def shown(top: Path) -> dict[str, tuple[str, int]]:
-    """What each name has, and how many names it is."""
+    """Return the content and the link count of each name."""
     return {
         name: ((top / name).read_text(), (top / name).stat().st_nlink)
         for name in NAMES
@@ -26,7 +26,7 @@ def shown(top: Path) -> dict[str, tuple[str, int]]:
 
 @pytest.mark.parametrize("kind", ["image", pytest.param("directory", marks=pytest.mark.nightly)])
 def test_hard_links(kind: str, tmp_path: Path) -> None:
-    """As with overlayfs, which has no index for such a lower: a change is where it was made."""
+    """A change shows only at the name where it was made, as with overlayfs, which has no index here."""
     lower, store = tmp_path / "lower", tmp_path / "store"
     (lower / "dir").mkdir(parents=True)
     (lower / NAMES[0]).write_text("old")

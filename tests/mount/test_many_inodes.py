@@ -71,13 +71,13 @@ def bounded(place: Path, way: str, most: int, nobody: bool = False) -> Iterator[
 
 
 def known(mount: Mounted) -> int:
-    """How many inodes the daemon knows."""
+    """Return how many inodes the daemon knows."""
     shown = json.loads(cowfs("info", mount.path, "--json", nobody=mount.nobody, check=True).stdout)
     return int(shown["inodes_known"])
 
 
 def walk(path: Path) -> int:
-    """How many inodes there are."""
+    """Walk a tree and return how many inodes it has."""
     return int(run("sh", "-c", "find $0 -size -1000000 | wc -l", path, timeout=7200).stdout)
 
 

@@ -1,4 +1,4 @@
-"""As many lowers as the kernel's overlayfs takes (OVL_MAX_STACK): 500."""
+"""Mounts with as many lowers as the kernel's overlayfs accepts (OVL_MAX_STACK): 500."""
 
 from __future__ import annotations
 

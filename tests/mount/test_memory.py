@@ -1,4 +1,4 @@
-"""What a request takes of the daemon's memory is given back, however many are made."""
+"""Requests leave no memory in use, however many are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a daemon needed for what the kernel has forgotten meanwhile, it gives back."""
+"""The daemon returns the memory of inodes that the kernel has forgotten."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ DEV_FUSE_AT_NIGHT = True
 
 
 def test_one_in_the_lowest_lower(tmp_path: Path) -> None:
-    """Its data is nowhere: EIO as from the kernel's overlayfs, not zeros; and EIO for what would hide it."""
+    """A metacopy without data gives EIO, as from the kernel's overlayfs, not zeros; hiding it does too."""
     upper, lower = tmp_path / "upper", tmp_path / "lower"
     for layer, names in ((upper, ["covered"]), (lower, ["bare", "covered", "whole"])):
         layer.mkdir()

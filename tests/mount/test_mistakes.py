@@ -160,7 +160,7 @@ def test_a_removed_current_directory_is_named(tmp_path: Path) -> None:
 
 
 def outcome(line: str, where: str) -> tuple[int, str]:
-    """What cowfs returns and says on standard error when its standard output is sent *where*."""
+    """Return the exit code and standard error of cowfs with its standard output sent to *where*."""
     done = subprocess.run(
         ["/bin/sh", "-c", f'exec "$@" {where}', "sh", *COWFS, *line.split()],
         env={**os.environ, "PYTHONPATH": project_root()},

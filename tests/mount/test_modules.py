@@ -100,7 +100,7 @@ def test_a_module_comes_and_goes(tmp_path: Path, images: tuple[Path, Path]) -> N
 
 
 def test_the_store_comes_before_modules(tmp_path: Path, images: tuple[Path, Path]) -> None:
-    """What is changed and deleted stays so; data is never that of a module that came later."""
+    """Changes and deletions stay, and data never comes from a module that was added later."""
     root, module = images
     with mounted(root, tmp_path / "mnt", tmp_path / "store") as here:
         mnt = here.path
@@ -314,7 +314,7 @@ def change(top: Path, rng: random.Random, count: int) -> None:
 
 
 def whole(top: Path) -> dict[str, object]:
-    """All but the times of directories, of which there are two."""
+    """Return the tree without the times of directories, which differ between the two."""
     return without_directory_times(tree(top))
 
 

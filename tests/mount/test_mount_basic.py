@@ -239,7 +239,7 @@ def test_the_foreground_ends_with_the_unmount(
 def test_signals_do_not_stop_it_halfway(
     base: Path, who: str, foreground: subprocess.Popen[str], number: signal.Signals
 ) -> None:
-    """As systemd does, which asks again when an unmount takes long: the store is to be released first."""
+    """systemd signals again when an unmount takes long: the store must still be released first."""
     mount = Mounted(base / "mnt", base / "log", who == "nobody")
     script(CHANGE, mount)
     deadline = time.monotonic() + 20
@@ -356,7 +356,7 @@ def test_roots_mounts_are_for_everybody(tmp_path: Path, nobody_path: Path) -> No
 
 @needs_root
 def test_a_mount_of_nobodys_is_for_nobody_else(nobody_path: Path) -> None:
-    """Not even for root, and set-ID bits and devices mean nothing there."""
+    """Not even root can use it, and set-ID bits and devices have no effect."""
     tree.build(nobody_path / "lower", LOWER)
     run("chown", "-R", "nobody:nogroup", nobody_path)
     with mounted(nobody_path / "lower", nobody_path / "mnt", nobody_path / "store", nobody=True) as mount:
@@ -383,7 +383,7 @@ def test_nobody_sees_roots_files_as_roots(nobody_path: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("engine", ["auto", "kernel"])
 def test_squashfs_and_image(tmp_path: Path, engine: str) -> None:
-    """What cowfs is for: a squashfs root and a store in a file, as root."""
+    """Mount a squashfs root with a store in a file, as root: the main job of cowfs."""
     tree.build(tmp_path / "tree", {**LOWER, "dev/null": Node("char", rdev=os.makedev(1, 3), mode=0o666)})
     run("mksquashfs", tmp_path / "tree", tmp_path / "root.squashfs", "-quiet", "-no-progress")
     assert cowfs("create", tmp_path / "sysrcd.bs", "32").returncode == 0
@@ -421,7 +421,7 @@ def test_a_full_store_says_so(tmp_path: Path) -> None:
 
 @needs_root
 def test_link_counts_of_directories(tmp_path: Path) -> None:
-    """As on ext3, for merged directories too."""
+    """Link counts are those of ext3, also of merged directories."""
     tree.build(tmp_path / "lower", {"a/b/c/x": b"", "a/d/x": b""})
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as mount:
         assert os.stat(mount.path / "a").st_nlink == 4

@@ -298,7 +298,7 @@ def test_bound_into_the_lower(base: Path) -> None:
 
 
 def without(setup: str) -> list[str]:
-    """What to put before a command to run it as nobody in mounts of its own that *setup* has changed."""
+    """Return a prefix that runs a command as nobody, in its own mount namespace changed by *setup*."""
     return ["unshare", "-m", "sh", "-euc", f'{setup}\nexec "$@"', "sh", *as_nobody_prefix()]
 
 
@@ -375,7 +375,7 @@ def test_a_mountpoint_of_somebody_elses(nobodys: Path) -> None:
 
 @needs_root
 def test_allow_other_without_leave(nobodys: Path) -> None:
-    """Where fuse.conf does not allow it, told what to write there."""
+    """If fuse.conf does not allow it, the message says what to write there."""
     setup = 'echo > "$1"/fuse.conf; mount --bind "$1"/fuse.conf /etc/fuse.conf; shift'
     command = ["unshare", "-m", "sh", "-euc", f'{setup}\nexec "$@"', "sh", "/run", *as_nobody_prefix()]
     try:

@@ -167,7 +167,7 @@ def test_remount(base: Path) -> None:
 
 @pytest.mark.parametrize("kind", [pytest.param("directory", marks=pytest.mark.nightly), "image"])
 def test_a_store_on_read_only_media(base: Path, kind: str) -> None:
-    """It can be looked at, hard links and all, and not be made writable."""
+    """The store can be read, with its hard links, and cannot be made writable."""
     os.symlink(HELPERS / "mount.cowfs", base / "sbin" / "mount.fuse.cowfs")
     os.link(base / "lower/file", base / "lower/link")
     said = with_helpers(

@@ -38,7 +38,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mount(base: Path) -> Iterator[Mounted]:
-    """It, mounted with a directory store."""
+    """Mount the tree of programs with a directory store."""
     with mounted(base / "lower", base / "mnt", base / "store") as it:
         yield it
 
@@ -210,7 +210,7 @@ def test_a_chroot_into_the_merged_root(base: Path) -> None:
 
 
 def libraries(program: str) -> list[str]:
-    """What ldd says that a program needs."""
+    """Return the libraries of a program, as ldd lists them."""
     shown = run("ldd", program).stdout.split()
     return [word for word in shown if word.startswith("/")]
 

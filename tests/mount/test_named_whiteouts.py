@@ -21,7 +21,7 @@ Tree = dict[str, "Tree | str"]
 
 
 def tree(top: Path) -> Tree:
-    """What a directory shows, by name: contents of files, and directories."""
+    """Return the tree of a directory by name: contents of files, and directories."""
     listed = {entry.name for entry in os.scandir(top)}
     shown: Tree = {}
     for name in sorted(listed):
@@ -138,7 +138,7 @@ def test_overlayfs_lowers_show_such_names(tmp_path: Path) -> None:
 
 @needs_root
 def test_squashfs_modules(layers: list[Path], tmp_path: Path) -> None:
-    """As Slax, Porteus and Puppy stack them."""
+    """Stack squashfs modules as Slax, Porteus and Puppy do."""
     images = []
     for layer in layers:
         images.append(tmp_path / f"{layer.name}.sb")
@@ -205,7 +205,7 @@ def test_any_layers(tmp_path: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("style", ["userxattr", "trustedxattr"])
 def test_marks_of_the_other_kind(style: str, nobody_path: Path) -> None:
-    """What overlayfs wrote for a user, below an image; what it wrote for root, below a user's directory."""
+    """Read a user's overlayfs layer below an image, and root's below a user's directory."""
     base, merged, changed = (nobody_path / name for name in ("base", "merged", "changed"))
     put(base, BOTTOM)
     prefix, by_root = ("trusted", True) if style == "trustedxattr" else ("user", False)

@@ -22,7 +22,7 @@ pytestmark = [needs_fuse, needs_root]
 
 @pytest.fixture(params=[False, True], ids=["root", "nobody"])
 def nobody(request: pytest.FixtureRequest) -> bool:
-    """Who runs the commands."""
+    """Whether nobody runs the commands."""
     return bool(request.param)
 
 
@@ -83,7 +83,7 @@ def test_a_rollback_looks_for_users_and_is_not_held_up(base: Path) -> None:
 
 
 def test_an_image_in_a_fuse_mount_is_still_known_by_its_links(base: Path) -> None:
-    """What says so is the source, which may be a symbolic link."""
+    """The source shows it, which may be a symbolic link."""
     cowfs("create", base / "store", "16", check=True)
     (base / "one").symlink_to("two")
     (base / "two").symlink_to(base / "." / "lower" / ".." / "store")
@@ -160,7 +160,7 @@ def test_the_source_can_be_named(base: Path, nobody: bool) -> None:
 
 @pytest.mark.parametrize("megabytes", [56, 60, 64])
 def test_too_little_address_space_is_told(base: Path, megabytes: int) -> None:
-    """It was asked for again and again, for ever."""
+    """The mount used to retry forever."""
     limit = ["prlimit", f"--as={megabytes << 20}"]
     places = base / "lower", base / "mnt"
     done = run(*limit, *COWFS, "mount", *places, check=False, timeout=20, cwd=project_root())

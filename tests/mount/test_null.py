@@ -15,7 +15,7 @@ ODD = b"a\nb\xff"
 
 
 def fields(*arguments: str | Path) -> list[bytes]:
-    """What a command prints, without the last NUL."""
+    """Return the fields that a command prints, separated by NUL."""
     env = {**os.environ, "PYTHONPATH": project_root()}
     done = subprocess.run(
         [*COWFS, *map(str, arguments)], stdout=subprocess.PIPE, env=env, check=True, timeout=60

@@ -25,7 +25,7 @@ NAMES = [
 
 
 def quoted(name: str) -> str:
-    """As the value of an option is written."""
+    """Quote a name for the value of an option."""
     return name.replace("\\", "\\\\").replace(",", "\\,")
 
 
@@ -50,7 +50,7 @@ def test_a_backslash_before_anything_else_is_one() -> None:
 
 
 def test_mountinfo_is_one_line_a_mount() -> None:
-    """Of what ends a line elsewhere only the newline is escaped there; a comma only where it is in a name."""
+    """The kernel escapes only newlines of all that ends lines, and commas only in names."""
     line = (
         b"36 35 98:0 / /mnt/a\rb\x0b\x0c\x85\\012c rw - overlay x\ry rw,upperdir=/a\\054b,workdir=/c\\134d\n"
     )
@@ -123,7 +123,7 @@ def test_many_long_lowers(tmp_path: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("name", ["a b", "c,d\\", "-o", "e:f"])
 def test_mount_helpers(tmp_path: Path, name: str) -> None:
-    """As mount(8) and umount(8) call them."""
+    """Call the helpers as mount(8) and umount(8) do."""
     helpers = Path(project_root(), "mount-helpers")
     for number in range(2):
         (tmp_path / f"{name}{number}").mkdir()
@@ -137,7 +137,7 @@ def test_mount_helpers(tmp_path: Path, name: str) -> None:
 @needs_root
 @pytest.mark.parametrize("name", ["a,b", "a:b", "a\\b", "a b", "a\nb"])
 def test_a_store_that_the_kernel_has_mounted(tmp_path: Path, name: str) -> None:
-    """It is found in the options of that mount, which escape it."""
+    """The store is found in the options of the mount, which escape its name."""
     store = tmp_path / name
     for made in ("lower", "mnt"):
         (tmp_path / made).mkdir()

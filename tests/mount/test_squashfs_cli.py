@@ -85,7 +85,7 @@ def said(*arguments: str | Path, code: int, nobody: bool = False) -> str:
 
 
 def facts(what: Path, *options: str, nobody: bool = False) -> dict[str, Any]:
-    """What ``cowfs info --json`` tells."""
+    """Return what ``cowfs info --json`` prints."""
     told: dict[str, Any] = json.loads(
         cowfs("info", "--json", what, *options, nobody=nobody, check=True).stdout
     )
@@ -250,7 +250,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(shown: str) -> dict[str, Any]:
-    """What ``unsquashfs -s`` says, as ``cowfs info --json`` should."""
+    """Return what ``unsquashfs -s`` prints, in the words of ``cowfs info --json``."""
 
     def find(pattern: str) -> str | None:
         match = re.search(pattern, shown, re.MULTILINE)
@@ -502,7 +502,7 @@ def test_an_image_harmed_while_it_is_mounted(
 @pytest.mark.parametrize("engine", ["process", "kernel"])
 @pytest.mark.parametrize("partition", [False, True], ids=["whole", "at an offset"])
 def test_an_image_on_a_block_device(base: Path, engine: str, partition: bool) -> None:
-    """It is the same lower as in a file."""
+    """The image counts as the same lower as in a file."""
     cowfs("create", base / "store", "64", check=True)
     at = base / "mnt"
     with mounted(base / "good.squashfs", at, base / "store", engine=engine):

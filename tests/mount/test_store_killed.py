@@ -71,7 +71,7 @@ class Place:
         self.cowfs("umount", self.at, check=True)
 
     def names(self) -> set[str]:
-        """What is mounted and not in the lower, and the reverse."""
+        """Return what the mount has and the lower has not, and the reverse."""
         look = ("-mindepth", "1", "-printf", "%P\\n")
         here, there = (
             set(run(*self._prefix, "find", top, *look).stdout.splitlines()) for top in (self.at, self.lower)
@@ -327,7 +327,7 @@ def test_an_image_that_another_program_has_changed_is_a_store_like_any(roots: Pl
 
 @pytest.mark.parametrize("cut", [4096, 1 << 20])
 def test_a_copy_of_two_moments_in_the_originals_place_is_whole_or_refused(roots: Place, cut: int) -> None:
-    """It says that it is clean, and is checked."""
+    """The image says that it is clean, and is checked nevertheless."""
     with mounted(roots.lower, roots.at, roots.store):
         (roots.at / "kept").write_text("kept")
     old = roots.store.read_bytes()

@@ -46,20 +46,20 @@ def mount(tmp_path: Path) -> Iterator[Mounted]:
 
 
 def told(mount: Mounted) -> dict[str, Any]:
-    """What ``cowfs info`` says of requests."""
+    """Return what ``cowfs info`` says about requests."""
     shown = cowfs("info", mount.path, "--json", nobody=mount.nobody, check=True).stdout
     requests: dict[str, Any] = json.loads(shown)["requests"]
     return requests
 
 
 def came(mount: Mounted, before: dict[str, Any], what: str, of: str = "count") -> int:
-    """How many of an operation there were since *before*, or how many errors, or ns."""
+    """Return how many requests of an operation came since *before*, or their errors, or their ns."""
     known = [requests["operations"].get(what, {}).get(of, 0) for requests in (before, told(mount))]
     return int(known[1] - known[0])
 
 
 def counts(text: str) -> dict[str, int]:
-    """How many requests of each operation a table shows."""
+    """Return how many requests of each operation a table shows."""
     return {
         match[1]: int(match[2].replace(",", ""))
         for match in re.finditer(r"^([A-Z][A-Z_0-9]+) +([\d,]+) ", text, re.MULTILINE)
@@ -116,7 +116,7 @@ def test_what_the_kernel_forgets_has_no_answer(mount: Mounted) -> None:
 
 
 def test_reads_without_python(mount: Mounted) -> None:
-    """Of a file behind which stands one of the kernel's; of a store in an image there is none."""
+    """C reads files that have a descriptor of the kernel's; files of an image have none."""
     (mount.path / "new").write_bytes(bytes(MIB))
     before = told(mount)
     assert len((mount.path / "file").read_bytes()) == 100_000
@@ -132,7 +132,7 @@ def test_reads_without_python(mount: Mounted) -> None:
 
 @needs_mksquashfs
 def test_what_images_have_in_memory(tmp_path: Path) -> None:
-    """What is read once is there the second time; asking changes nothing."""
+    """A second read is a cache hit; asking for the figures changes nothing."""
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_bytes(b"some text\n" * 100_000)
     image = mksquashfs(tmp_path / "image.dat", tmp_path / "tree")
@@ -190,7 +190,7 @@ def test_durations_are_those_that_the_caller_sees(mount: Mounted) -> None:
 
 
 def test_a_copy_up_in_a_thread_is_in_its_own_row(mount: Mounted) -> None:
-    """It is answered late, and by another thread than the one that took it."""
+    """Another thread answers the request later than the one that received it."""
     before = told(mount)
     start = time.monotonic_ns()
     os.close(os.open(mount.path / "large", os.O_RDWR))
@@ -250,7 +250,7 @@ def test_many_clients_lose_nothing(mount: Mounted) -> None:
 
 
 def test_a_libfuse_that_lets_nobody_between(tmp_path: Path) -> None:
-    """There are no figures then, and it is said; the mount is as good as any."""
+    """There are no figures, and a message says so; the mount works."""
     (tmp_path / "lower").mkdir()
     (tmp_path / "mnt").mkdir()
     source = tmp_path / "refusing.c"
@@ -433,7 +433,7 @@ def test_what_is_no_mount(tmp_path: Path) -> None:
 
 
 def on_terminal(mount: Mounted, *options: str, columns: int, rows: int, term: str = "xterm") -> str:
-    """What ``cowfs top`` writes to a terminal of this size."""
+    """Return what ``cowfs top`` writes to a terminal of this size."""
     pid, terminal = pty.fork()
     if pid == 0:
         environment = {**os.environ, "TERM": term, "PYTHONPATH": project_root(), "PYTHONUTF8": "1"}

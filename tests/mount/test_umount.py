@@ -99,7 +99,7 @@ def test_the_wait_has_an_end(base: Path) -> None:
 
 
 def test_a_bind_mount_may_go_alone(base: Path) -> None:
-    """It is not what was mounted: that stays, and is named."""
+    """Only the bind mount goes; the first mount stays, and the message names it."""
     run("mount", "--bind", base / "mnt", base / "other")
     done = cowfs("umount", base / "other", timeout=30)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def test_lazy_does_not_wait(base: Path) -> None:
 
 
 def test_a_daemon_that_cannot_be_asked(base: Path) -> None:
-    """Where its control socket is not seen, nobody can tell when it is done."""
+    """Without access to its control socket, nobody can tell when the daemon has finished."""
     script = 'mount -t tmpfs none /run; mount -t tmpfs none /tmp/cowfs-0 2>/dev/null; "$@"'
     command = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh"]
     env = {**os.environ, "PYTHONPATH": project_root()}

@@ -50,13 +50,13 @@ def mount(image: Path, nobody_path: Path) -> Iterator[Mounted]:
 
 
 def requests(mount: Mounted) -> dict[str, int]:
-    """How many of each kind have come."""
+    """Return how many requests of each kind came."""
     shown = json.loads(cowfs("info", mount.path, "--json", check=True).stdout)
     return {name: figures["count"] for name, figures in shown["requests"]["operations"].items()}
 
 
 def changes(mount: Mounted) -> list[str]:
-    """What ``cowfs diff`` says."""
+    """Return the lines of ``cowfs diff``."""
     return cowfs("diff", mount.path, check=True).stdout.splitlines()
 
 
@@ -183,7 +183,7 @@ def test_shared_memory(mount: Mounted) -> None:
 
 
 def test_no_room_for_the_copy(mount: Mounted) -> None:
-    """It is the write that fails, and nothing has changed."""
+    """The write fails, and nothing has changed."""
     with pytest.raises(OSError, match="No space") as failure, open(mount.path / "filling", "wb") as filling:
         while True:
             filling.write(bytes(1 << 20))

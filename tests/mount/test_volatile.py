@@ -68,7 +68,7 @@ os.unlink("tmp/large")
 
 
 def said(at: Path, *command: str, nobody: bool) -> str:
-    """What a command says there; root may not even go to a mount of another user's."""
+    """Return what a command prints there, run as the owner: root cannot enter another user's mount."""
     there = ["sh", "-c", 'cd "$0" && exec "$@"', str(at), *command]
     return run(*(as_nobody_prefix() if nobody else []), *there).stdout
 
@@ -147,7 +147,7 @@ def test_paths_that_cannot_be(tmp_path: Path, given: str, what: str) -> None:
 
 
 def test_the_kernel_shows_the_store_as_before(tmp_path: Path) -> None:
-    """What the store had before stays in it, is seen, and cannot be reverted below the directories."""
+    """Earlier changes below the directories stay in the store and are visible, but cannot be reverted."""
     lower, store, at = prepared(tmp_path), tmp_path / "store", tmp_path / "mnt"
     with mounted(lower, at, store):
         script(

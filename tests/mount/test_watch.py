@@ -197,7 +197,7 @@ def test_a_daemon_that_dies_is_told(in_memory: Mounted, tmp_path: Path) -> None:
 
 
 def test_who_reads_slowly_is_left_with_a_mark(in_memory: Mounted) -> None:
-    """And the mount has not waited: nobody reads anything until all has been done."""
+    """The mount does not wait either: nobody reads anything until all changes are made."""
     command = [*COWFS, "watch", os.fspath(in_memory.path), "--json"]
     env = {**os.environ, "PYTHONPATH": project_root()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as watch:
@@ -266,7 +266,7 @@ def test_a_mapping_is_written_by_the_kernel(in_memory: Mounted, tmp_path: Path) 
 
 
 def test_a_file_that_the_kernel_writes_by_itself(tmp_path: Path) -> None:
-    """It was lent before anybody watched, and is told of when it is closed."""
+    """The kernel had the file before anybody watched; its change is reported when it is closed."""
     if not _IS_ROOT:
         pytest.skip("needs root: only root's files are lent to the kernel")
     with mounted(lay(tmp_path), tmp_path / "mnt", tmp_path / "store") as mount:

@@ -1,4 +1,4 @@
-"""What was removed while somebody uses it can be changed like anything else, as on ext3."""
+"""Removed files that are still in use can be changed like any other, as on ext3."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_files(mount: Mounted) -> None:
 
 
 def test_times_of_other_centuries(mount: Mounted) -> None:
-    """As far as the store's filesystem has them: in an image up to 2446."""
+    """Times are kept in the range of the store's filesystem: in an image up to 2446."""
     path = mount.path / "dir" / "sub" / "file"
     store = mount.path.parent / "store"
     os.utime(store, ns=(LONG_AGO, LATE))

@@ -1,4 +1,4 @@
-"""What a layer or a store of somebody else's says never leads out of it: names, redirects, links, mounts."""
+"""Nothing in another user's layer or store leads out of it: names, redirects, links, mounts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _SAME = {"relative", "with a NUL"}
 
 
 def _seen(top: Path) -> dict[str, object]:
-    """What every name in a merged directory gives: an errno, or what is in it."""
+    """Return, for every name in a merged directory, its content or an errno."""
     seen: dict[str, object] = {}
     for name in REDIRECTS:
         for path in (top / name, top / f"{name}.file"):
@@ -314,7 +314,7 @@ def test_what_is_mounted_inside_is_not_entered(opened: tuple[DirectoryLayer, Pat
 @needs_fuse
 @pytest.mark.parametrize("nobody", [False, True])
 def test_a_lower_with_mounts_inside(nobody_path: Path, nobody: bool) -> None:
-    """As in overlayfs: they are not of the lower. They can be listed, and written over."""
+    """As in overlayfs, mounts inside are not part of the lower: they can be listed, and overwritten."""
     lower = nobody_path / "lower"
     build(lower, {"file": b"x", "sub/below": b"y"})
     run("chown", "-R", "nobody:nogroup", lower)

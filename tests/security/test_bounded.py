@@ -1,4 +1,4 @@
-"""What an image says never costs more time or memory than it should: walks end, and say why."""
+"""No content of an image costs unbounded time or memory: walks end, and say why."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def tree(top: Path) -> Path:
-    """What is in the image: a store of the kernel's overlayfs."""
+    """Make the content of the image: a store of the kernel's overlayfs."""
     for name in ("upper/a/b/c", "upper/x", "upper/y", "upper/big", "work"):
         (top / name).mkdir(parents=True)
     (top / "upper/a/file").write_text("text")
@@ -59,7 +59,7 @@ LOOPS: dict[str, tuple[tuple[str, ...], str]] = {
         "upper/x/y",
     ),
 }
-"""What is done to the image, and which name then leads to what is elsewhere."""
+"""The damage to the image, and the name that then leads elsewhere."""
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_mounted_loop_is_an_error_there_alone(image: Path, tmp_path: Path, kin
 
 
 def test_who_moves_directories_in_a_lower_makes_no_circle(tmp_path: Path) -> None:
-    """Its owner may, while it is mounted: each of two in the other, one after the other."""
+    """The owner moves two directories into each other, one after the other, while it is mounted."""
     lower = tmp_path / "lower"
     (lower / "a/b").mkdir(parents=True)
     (tmp_path / "store").mkdir()
@@ -358,7 +358,7 @@ def file_layer(image: Path) -> Iterator[tuple[Ext3Layer, int]]:
 
 
 def test_a_file_of_one_block_a_thousand_million_times(image: Path) -> None:
-    """Its pointers lead to themselves: a hole is searched for no longer than others can wait."""
+    """The pointers lead to themselves: a search for a hole takes no longer than others can wait."""
     with file_in(image) as (forged, ino):
         free = forged.image.blocks - 3
         forged.pointers(free, *[free] * 256)
@@ -424,7 +424,7 @@ def huge_ext3(image: Path, count: int, *, indexed: bool, length: int = 8) -> Non
 
 
 def longest_wait(here: Mounted, call: Callable[[], object]) -> tuple[float, float]:
-    """How long another client had to wait at most for the daemon while *call* ran, and how long that took."""
+    """Return the longest wait of another client for the daemon while *call* ran, and how long *call* took."""
     waits, done = [0.0], threading.Event()
 
     def ask() -> None:
@@ -458,7 +458,7 @@ NAMES = 400_000
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["squashfs", "directory", "ext3", "ext3 without an index"])
 def test_others_are_served_while_a_huge_directory_is_listed(tmp_path: Path, kind: str) -> None:
-    """And while a name is looked for in it."""
+    """The same while a name is looked up in it."""
     lower, store = tmp_path / "lower", tmp_path / "store"
     lower.mkdir()
     if kind == "squashfs":

@@ -80,7 +80,7 @@ def test_names_that_anybody_can_take_are_not_asked(lower: Path, nobody_path: Pat
 
 @pytest.mark.parametrize("mode", [0o755, 0o777])
 def test_a_directory_that_a_stranger_has_made_is_refused(lower: Path, nobody_path: Path, mode: int) -> None:
-    """As the victim's own runtime directory: no daemon goes there, and no client."""
+    """Neither the daemon nor a client uses a runtime directory that another user has made."""
     runtime = nobody_path / "runtime"
     runtime.mkdir(mode=0o755)
     os.chown(runtime, NOBODY, NOBODY)
@@ -306,7 +306,7 @@ while True:
 
 @contextmanager
 def lying(mountpoint: Path, uid: int, answers: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """In the place of the daemon of a mount, by the same user, one that gives these answers."""
+    """Replace the daemon of a mount by one of the same user that gives these answers."""
     found = find_mount(str(mountpoint))
     assert found is not None
     place = f"{CONTROL[uid]}/{found.dev}"
@@ -353,7 +353,7 @@ ODD = [
 
 @pytest.mark.slow
 def test_nonsense_of_another_users_daemon_is_an_error(lower: Path, nobody_path: Path) -> None:
-    """With no traceback and never as a success, in bounded time and memory."""
+    """The error has no traceback, is never a success, and takes bounded time and memory."""
     with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
         for odd in ODD:
             with lying(here.path, NOBODY, {"*": odd}):

@@ -107,7 +107,7 @@ HOSTILE = [f"PYTHON{name}" for name in ("PATH", "STARTUP", "HOME", "USERBASE", "
 def test_the_installed_command_imports_nothing_of_the_callers(
     trap: Path, lower: Path, tmp_path: Path, linked: bool
 ) -> None:
-    """As `sudo -E cowfs` would: not even the first module, nor by a background daemon."""
+    """With the environment of `sudo -E cowfs`, no module is the caller's, nor in the daemon."""
     command = INSTALLED
     if linked:
         command = tmp_path / "linked"
@@ -136,7 +136,7 @@ def children(pid: int) -> list[str]:
 
 
 def test_libraries_load_nothing_of_the_callers(nobody_path: Path) -> None:
-    """Which they would before the first line of Python. A user's own are the user's affair."""
+    """Libraries would do so before the first line of Python. Users may load what is theirs."""
     command, python = nobody_path / "bin/cowfs", nobody_path / "bin/python3"
     command.parent.mkdir()
     shutil.copy(Path(project_root()) / "bin/cowfs", command)
@@ -162,7 +162,7 @@ def test_the_module_imports_nothing_of_the_callers(tmp_path: Path) -> None:
 
 
 def test_users_run_the_same_script(nobody_path: Path) -> None:
-    """With what they have installed for themselves, but not with what lies in the current directory."""
+    """It imports what they have installed for themselves, but nothing from the current directory."""
     (nobody_path / "json.py").write_text(f"open('{nobody_path}/sprung', 'w').close()\n")
     done = run(*as_nobody_prefix(), INSTALLED, "create", "s", "16", cwd=nobody_path, check=False)
     assert done.returncode == 0, done
@@ -176,7 +176,7 @@ NEEDED = (0, 1, 2, 3, 4, 21, 24, 27, 31)
 
 
 def threads(pid: int) -> list[dict[str, str]]:
-    """What the kernel says of each thread."""
+    """Return the status of each thread, as the kernel shows it."""
     return [
         dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -236,7 +236,7 @@ def test_calls_that_no_filesystem_makes_are_refused() -> None:
 
 
 def test_its_memory_is_shown_to_nobody(tmp_path: Path, lower: Path) -> None:
-    """Not to root either that lacks CAP_SYS_PTRACE: what is not dumpable is nobody's to look at."""
+    """Not even root sees it without CAP_SYS_PTRACE, since the daemon is not dumpable."""
     with mounted(lower, tmp_path / "mnt") as here:
         read = f"exec 3</proc/{here.pid()}/mem"
         assert run("sh", "-c", read).returncode == 0

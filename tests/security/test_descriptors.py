@@ -19,7 +19,7 @@ pytestmark = [needs_fuse, needs_root]
 
 ATTACKER = 65534
 LIMIT = 256
-"""How many descriptors the daemon may have."""
+"""The limit of the daemon's descriptors."""
 
 
 @contextmanager
@@ -200,7 +200,7 @@ print("done")
 
 @pytest.mark.parametrize("engine", ["directory", "kernel", "nobody"])
 def test_there_may_be_more_open_files_than_descriptors(nobody_path: Path, engine: str) -> None:
-    """How many one may have open is the caller's own limit (RLIMIT_NOFILE)."""
+    """Only the caller's own limit (RLIMIT_NOFILE) counts."""
     prefix = as_user(ATTACKER) if engine == "nobody" else []
     lower = nobody_path / "lower"
     run(*prefix, "mkdir", lower)

@@ -302,7 +302,7 @@ _BATCHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("batch", _BATCHES)
 def test_a_forged_batch_is_refused(batch: str) -> None:
-    """It is small where it is kept, and would fill the memory."""
+    """The batch is small in the store, and would fill the memory."""
     tracemalloc.start()
     try:
         with pytest.raises(StoreError, match="the record of changes is damaged"):

@@ -92,7 +92,7 @@ def cowfs(place: Path, lower: list[Path] | Path, store: Path | None) -> Iterator
 
 
 class Report(list[str]):
-    """What was too slow."""
+    """The operations that were too slow."""
 
     def watch(self, here: Mounted, what: str, act: Callable[[], object]) -> None:
         """Do something while another user looks at a file."""
@@ -151,7 +151,7 @@ def test_directories_full_of_whiteouts(place: Path, report: Report, kind: str) -
 
 @pytest.mark.parametrize("kind", ["directory", "image"])
 def test_removing_a_directory(place: Path, report: Report, kind: str) -> None:
-    """With all that is in it: names of the lower, and of the upper."""
+    """Remove a directory with names of the lower and of the upper."""
     fill(place / "lower/big", count=100_000)
     store = make_store(place, kind)
     with cowfs(place, place / "lower", store) as here:

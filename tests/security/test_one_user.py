@@ -124,7 +124,7 @@ def mount(request: pytest.FixtureRequest, lowers: dict[str, Path], nobody_path: 
 
 
 def descriptors(pid: int) -> list[str]:
-    """Where the daemon's descriptors lead, but for directories, which layers keep open for later."""
+    """Return where the daemon's descriptors lead, except to directories, which layers keep open."""
     found = []
     for number in os.listdir(f"/proc/{pid}/fd"):
         place = os.readlink(f"/proc/{pid}/fd/{number}")

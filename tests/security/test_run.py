@@ -1,4 +1,4 @@
-"""What a command of `cowfs run` can do to the system, beside the merged tree that it is to see."""
+"""A command of `cowfs run` reaches nothing of the system beside the merged tree."""
 
 from __future__ import annotations
 

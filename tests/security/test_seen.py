@@ -1,4 +1,4 @@
-"""What users see: no names of attributes that they may not read."""
+"""Users do not see the names of attributes that they may not read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CALLERS = {
 
 @pytest.mark.parametrize("who", CALLERS)
 def test_trusted_names_are_for_who_may_read_them(nobody_path: Path, who: str) -> None:
-    """In the lower and in the store; other names are seen by all. As on the filesystem of the lower."""
+    """In the lower and in the store, everybody sees the other names, as on the filesystem of the lower."""
     if "--user" in CALLERS[who] and not makes_user_namespaces():
         pytest.skip("no namespace of users can be made here")
     lower = nobody_path / "lower"

@@ -1,4 +1,4 @@
-"""What a write, or a change of owner or ACL, takes from a file, at once and for all who look: as on ext4."""
+"""Writes and changes of owner or ACL clear set-ID bits at once for everybody, as on ext4."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIFFER = {
     ("mmap", "capability"),  # is taken here, too
     ("no ACL", "said"),  # there was none: ENODATA, as overlayfs says
 }
-"""Which of what is seen may be otherwise than on ext4: docs/semantics.md tells of it."""
+"""The documented differences to ext4 (docs/semantics.md)."""
 
 
 def do(*arguments: str | Path) -> str:
@@ -36,7 +36,7 @@ def do(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def ext4() -> Iterator[Seen]:
-    """What a filesystem of the kernel's shows, where everybody reaches it."""
+    """The results on a filesystem of the kernel, in a place that everybody can reach."""
     place = Path(tempfile.mkdtemp(prefix="cowfs-ext4-"))
     place.chmod(0o755)
     at = place / "at"
@@ -60,7 +60,7 @@ def may_differ(case: str, field: str) -> bool:
 
 @pytest.mark.parametrize("store", ["process", pytest.param("kernel", marks=pytest.mark.nightly), "directory"])
 def test_as_on_ext4(nobody_path: Path, ext4: Seen, store: str) -> None:
-    """Of files in the lower, in the store, and of those of which the store has the attributes alone."""
+    """Files in the lower, in the store, and metacopies behave as on ext4."""
     lower, place = nobody_path / "lower", nobody_path / "store"
     lower.mkdir()
     do("make", lower)

@@ -22,7 +22,7 @@ pytestmark = [needs_fuse, needs_root]
 
 @pytest.fixture
 def tree(roots: Path) -> Path:
-    """What an attacker makes as root of a user namespace, or with a tool: a set-ID program, a device."""
+    """Make a set-ID program and a device, as an attacker can in a user namespace or with a tool."""
     made = roots / "tree"
     made.mkdir()
     shutil.copy("/usr/bin/id", made / "id")
@@ -88,7 +88,7 @@ def test_a_lower_that_others_can_change(roots: Path, nobody_path: Path, tree: Pa
 @needs_mksquashfs
 @pytest.mark.parametrize("kind", ["image", "directory"])
 def test_layers_that_are_roots_alone(roots: Path, tree: Path, kind: str) -> None:
-    """As mount(8) has it: set-ID programs and devices work."""
+    """Set-ID programs and devices work, as with mount(8)."""
     lower = tree if kind == "directory" else image(tree, roots / "image")
     with mounted(lower, roots / "mnt") as here:
         assert becomes_root(here) and opens_device(here)
@@ -111,7 +111,7 @@ def test_a_store_that_others_can_change(roots: Path, nobody_path: Path, tree: Pa
 
 @pytest.mark.parametrize("why", ["a user's", "writable by all"])
 def test_a_directory_store_of_others(roots: Path, nobody_path: Path, tree: Path, why: str) -> None:
-    """Its owner notes may say anything, and its owner can change it under the daemon: it is refused."""
+    """The store is refused: its owner can forge owner notes, and change it under the daemon."""
     store = nobody_path / "store"
     mountpoint = nobody_path / "mnt"
     mountpoint.mkdir()
@@ -153,7 +153,7 @@ def test_a_program_that_a_user_has_written_to(roots: Path, tree: Path, how: str)
 
 
 def test_a_filesystem_that_is_mounted_nosuid_or_nodev(roots: Path, tree: Path) -> None:
-    """What the layers' own filesystem does not allow, the union does not either."""
+    """The union does not allow what the filesystem of a layer forbids."""
     other = roots / "other"
     other.mkdir()
     for option in ("nosuid", "nodev"):

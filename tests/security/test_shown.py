@@ -1,4 +1,4 @@
-"""Who makes a store, or a layer, does not show to others what root alone may read below it."""
+"""The maker of a store or layer cannot show others what only root may read below it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_image_that_everybody_can_read(roots: Path, lower: Path, store: Path)
 
 
 def test_a_layer_of_another_users(roots: Path, lower: Path) -> None:
-    """It has other modes for what is below it."""
+    """The layer has other modes for files below it."""
     (roots / "above/other").mkdir(parents=True)
     run("mksquashfs", roots / "above", roots / "image", "-quiet", "-no-progress")
     with mounted([roots / "image", lower], roots / "mnt", "memory") as here:

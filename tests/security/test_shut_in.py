@@ -45,13 +45,13 @@ def lower(tmp_path: Path) -> Path:
 
 
 def table(pid: int) -> set[tuple[str, str]]:
-    """What is mounted where, as a process sees it."""
+    """Return what is mounted where, as a process sees it."""
     lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     return {(line.split(" ")[4], line.partition(" - ")[2].split(" ")[0]) for line in lines}
 
 
 def climbs_to(directory: str) -> os.stat_result:
-    """Where ``..`` leads to at last."""
+    """Follow ``..`` to the end, and return that directory."""
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
         while True:
@@ -136,7 +136,7 @@ def use(here: Mounted, is_image: bool, store: str) -> None:
 
 
 def test_persist_from_in_there(tmp_path: Path, lower: Path) -> None:
-    """And then grow, and what was given for it is out of reach again."""
+    """After persist and grow, the confined daemon can no longer reach what it was given for them."""
     place = tmp_path / "far"
     place.mkdir()
     with mounted(lower, tmp_path / "mnt", log=tmp_path / "log") as here:
@@ -160,7 +160,7 @@ def test_a_store_that_was_moved_is_not_grown(tmp_path: Path, lower: Path) -> Non
 
 
 def test_a_store_in_memory_grows_in_there(tmp_path: Path, lower: Path) -> None:
-    """It takes resize2fs, from a daemon that cannot run anything."""
+    """Growing takes resize2fs, which the confined daemon cannot run itself."""
     with mounted(lower, tmp_path / "mnt", options=["size=300M"]) as here:
         (here.path / "large").write_bytes(bytes(1 << 20) * 150)
         assert (here.path / "large").stat().st_size == 150 << 20
@@ -228,7 +228,7 @@ def test_there_is_no_way_back() -> None:
 
 
 def test_a_device_in_a_layer_is_not_opened(tmp_path: Path) -> None:
-    """Of a mount that allows devices: who has the daemon cannot make one, and read the disk by it."""
+    """Even if the mount allows devices, a hijacked daemon cannot make one and read the disk."""
     from cowfs.linux import mounts
 
     os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -385,7 +385,7 @@ def test_the_filesystems_of_layers_stay_in_use(tmp_path: Path, lower: Path) -> N
 
 
 def test_other_filesystems_are_not_kept(tmp_path: Path, lower: Path) -> None:
-    """What was mounted when the daemon started is not in use by it."""
+    """The daemon does not use filesystems that were mounted when it started."""
     disk, image = tmp_path / "disk", tmp_path / "image"
     disk.mkdir()
     run("mksquashfs", lower, image, "-quiet")
@@ -396,7 +396,7 @@ def test_other_filesystems_are_not_kept(tmp_path: Path, lower: Path) -> None:
 
 
 def test_a_root_that_cannot_be_exchanged(tmp_path: Path, lower: Path) -> None:
-    """In a chroot that is no mount the daemon goes on with all in reach, and the mount is as any other."""
+    """In a chroot that is no mountpoint, the daemon is not confined, and the mount works."""
     top = tmp_path / "top"
     top.mkdir()
     (tmp_path / "mnt").mkdir()

@@ -35,7 +35,7 @@ pytestmark = [needs_fuse, needs_root]
 
 
 def as_victim(script: str, where: Path) -> str:
-    """What a command says that another user runs, in less time than anything would wait."""
+    """Return what a command of another user prints; it must not wait for the slow lower."""
     prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
     return run(*prefix, "sh", "-e", "-c", script, cwd=where, timeout=15).stdout
 
@@ -76,7 +76,7 @@ class Place:
         assert f"content {number}\n" in said and "\nnew\n" in said and said.endswith("more\n")
 
     def mount_arguments(self) -> list[str]:
-        """What to mount it with."""
+        """Return the arguments to mount it with."""
         options = ["allow_other", f"log={self.here.log}"]
         return mount_arguments(self.lower.path, self.here.path, self.store, None, options)
 
@@ -223,7 +223,7 @@ def test_changes_are_told_while_a_lower_hangs(place: Place) -> None:
 
 
 def test_dead_lower(place: Place) -> None:
-    """Who asks it gets an error; what waited too; the rest goes on, and the unmount is as ever."""
+    """Requests to the dead lower fail, waiting ones too; everything else works, and so does the unmount."""
     waiting = place.hang("read", "held", "cat hung/held")
     place.lower.die()
     said, wrong = waiting.communicate(timeout=20)
@@ -269,7 +269,7 @@ def test_the_end_waits_for_nobody(what: str, how: str, place: Place) -> None:
 
 
 def test_an_image_on_a_filesystem_that_hangs(nobody_path: Path) -> None:
-    """What is read of it waits; the rest of the union does not."""
+    """Reads of the image wait; the rest of the union does not."""
     source, tree = nobody_path / "source", nobody_path / "tree"
     tree.mkdir()
     content = random.Random(1).randbytes(300_000)

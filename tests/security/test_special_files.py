@@ -32,7 +32,7 @@ def test_a_log_that_nobody_reads(base: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("how", ["a link", "a link that leads nowhere", "a link on the way", "a second name"])
 def test_a_log_that_a_user_leads_elsewhere(base: Path, how: str) -> None:
-    """In a directory for all, whatever sysctl fs.protected_symlinks and protected_hardlinks say."""
+    """The log is in a directory for all; fs.protected_symlinks and protected_hardlinks do not matter."""
     elsewhere, shared = base / "elsewhere", base / "shared"
     elsewhere.mkdir()
     shared.mkdir()
@@ -66,7 +66,7 @@ def test_a_log_behind_roots_own_link(base: Path) -> None:
 
 
 def test_a_log_whose_reader_stops_reading(base: Path) -> None:
-    """What is logged is lost then, and the mount goes on."""
+    """Log lines are lost then, and the mount continues."""
     reader = os.open(base / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     try:
         with mounted(base / "lower", base / "mnt2", log=base / "fifo", quiet=False) as here:

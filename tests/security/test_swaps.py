@@ -226,7 +226,7 @@ def test_what_is_new_is_given_away_only_itself(tmp_path: Path, kind: str, monkey
 
 @needs_root
 def test_a_lease_stops_nobody(nobody_path: Path) -> None:
-    """Who has a lease on his file lets an open wait for 45 seconds, unless it does not want to wait."""
+    """A lease on a file delays an open for 45 seconds, unless the open does not block."""
     (nobody_path / "file").write_bytes(OWN)
     holder = os.open(nobody_path / "file", os.O_RDWR)
     fcntl.fcntl(holder, fcntl.F_SETSIG, 23)  # SIGURG, which is ignored, tells of the break
@@ -247,7 +247,7 @@ def test_a_lease_stops_nobody(nobody_path: Path) -> None:
 @needs_root
 @needs_fuse
 def test_what_is_replaced_in_a_lower_is_found_again(nobody_path: Path) -> None:
-    """Not an error: the kernel asks for the name again, and gets the new file and the new directory."""
+    """This is no error: the kernel looks the name up again, and gets the new file or directory."""
     lower = nobody_path / "lower"
     build(lower, {"file": b"old", "dir/file": b"old", "written": b"old", "moded": b"old"})
     with mounted(lower, nobody_path / "mnt") as here:
@@ -505,7 +505,7 @@ _BY_NAME = {
     *("remove", "removedirs", "removexattr", "rename", "renames", "replace", "rmdir", "scandir", "setxattr"),
     *("stat", "statvfs", "symlink", "truncate", "unlink", "utime", "walk", "fwalk"),
 }
-"""What of :mod:`os` takes a name. With a descriptor there are others: fstat, fchmod."""
+"""The functions of :mod:`os` that take a name. For descriptors there are others: fstat, fchmod."""
 _OF_PATHS = {"exists", "lexists", "isfile", "isdir", "islink", "ismount", "realpath", "getsize", "samefile"}
 _OTHERS = {"shutil", "pathlib", "glob", "tempfile", "subprocess"}
 """Modules that are nothing but calls by name."""

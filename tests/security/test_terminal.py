@@ -1,4 +1,4 @@
-"""What images, stores and names say reaches terminals and logs as text that drives no terminal."""
+"""Strings of images, stores and names reach terminals and logs without control characters."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_other_mountpoints_may_have_any_name(tmp_path: Path) -> None:
 @needs_root
 @needs_fuse
 def test_names_in_messages_and_logs(tmp_path: Path) -> None:
-    """As the shell gives them: of the lower, the store, and the mountpoint."""
+    """The lower, the store and the mountpoint have such names, as the shell passes them."""
     place = tmp_path / f"p\n{EVIL}"
     tree.build(place / "lower", {"file": b"x"})
     for arguments in (
@@ -114,7 +114,7 @@ def test_names_in_messages_and_logs(tmp_path: Path) -> None:
 
 
 def on_a_terminal(*arguments: str | os.PathLike[str]) -> bytes:
-    """What a command writes to a terminal."""
+    """Return what a command writes to a terminal."""
     terminal, its_end = os.openpty()
     environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": project_root()}
     try:

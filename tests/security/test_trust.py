@@ -1,4 +1,4 @@
-"""What another user could change, serve or swap is refused as a store, and makes nobody root as a layer."""
+"""A store that another user could change, serve or swap is refused; such a layer makes nobody root."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def store(roots: Path, lower: Path) -> Path:
 
 
 def refused(lower: Path, store: Path) -> str:
-    """What is said of a store that is not mounted, in one line; nothing in it has changed."""
+    """Return the one line about a store that is not mounted; nothing in it has changed."""
     done = cowfs("mount", lower, "/mnt/mnt", "--store", store)
     if is_mounted("/mnt/mnt"):
         force_umount("/mnt/mnt")
@@ -100,7 +100,7 @@ def test_what_is_in_a_store_may_belong_to_anybody(lower: Path, store: Path) -> N
 
 
 def test_a_new_store_inherits_no_acl(lower: Path) -> None:
-    """From a directory whose owner lets new ones be theirs: what root makes in the union would be too."""
+    """A directory's default ACL would give its owner all that root makes in the union."""
     above = lower.parent / "above"
     above.mkdir()
     run("setfacl", "-d", "-m", "u:65534:rwx,m::rwx", above)
@@ -116,7 +116,7 @@ def test_a_new_store_inherits_no_acl(lower: Path) -> None:
 
 
 def test_work_lets_nothing_inherit(lower: Path, store: Path) -> None:
-    """As overlayfs: a default ACL that work/ has got since is taken away before anything is made there."""
+    """As overlayfs does, remove a default ACL of work/ before anything is made there."""
     for name in ("work/work", "work/index"):
         run("setfacl", "-d", "-m", "u:65534:r-x", store / name)
     with mounted(lower, lower.parent / "mnt", store) as here:
@@ -125,7 +125,7 @@ def test_work_lets_nothing_inherit(lower: Path, store: Path) -> None:
 
 
 def test_another_users_link_to_a_directory(lower: Path, nobody_path: Path) -> None:
-    """It would make a store of any empty directory of root's."""
+    """Following it would make any empty directory of root's a store."""
     victim = lower.parent / "victim"
     victim.mkdir()
     (nobody_path / "above").symlink_to(lower.parent)
@@ -168,7 +168,7 @@ while True:
         code = errno.ENOSYS
     os.write(fd, struct.pack("<IiQ", 16 + len(body), -code, unique) + body)
 """
-"""All of it belongs to root, it says."""
+"""It says that everything belongs to root."""
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def served_by(uid: int, at: Path) -> Iterator[None]:
 
 
 def test_a_filesystem_that_a_user_serves(roots: Path) -> None:
-    """With suid and dev, by an administrator who did not think: owners there are what the user says."""
+    """An administrator mounted it with suid and dev, and the user decides who owns its files."""
     (roots / "place").mkdir()
     with served_by(STRANGER, roots / "place"):
         assert (roots / "place/image").stat().st_uid == 0
@@ -231,7 +231,7 @@ def test_the_way_is_the_kernels(roots: Path, nobody_path: Path) -> None:
 
 
 def test_a_bind_mount_is_what_is_mounted(roots: Path, nobody_path: Path) -> None:
-    """Of a tree of root's below a directory of another's, who cannot replace it there."""
+    """A bind mount of root's tree below another user's directory is trusted: the user cannot replace it."""
     tree = nobody_path / "tree"
     tree.mkdir()
     (tree / "image").touch()
@@ -274,7 +274,7 @@ def foreign(roots: Path) -> Path:
 
 
 def led_to(file: Path, way: Path, how: str) -> Path:
-    """What a user has made in a directory for all, or in one of theirs, so that it leads to a file."""
+    """Make what leads to a file, as a user can in a directory for all or in their own."""
     way.mkdir()
     way.chmod(0o1777)
     if how == "a link on the way":
@@ -295,7 +295,7 @@ def led_to(file: Path, way: Path, how: str) -> Path:
 
 @pytest.mark.parametrize("how", LEADS)
 def test_a_file_of_roots_that_a_user_leads_to(roots: Path, lower: Path, foreign: Path, how: str) -> None:
-    """It is neither repaired nor resized, nor written to otherwise."""
+    """The file is neither repaired, resized nor written otherwise."""
     name = led_to(foreign, roots / "way", how)
     before = foreign.read_bytes()
     commands: list[list[str | Path]] = [

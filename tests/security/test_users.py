@@ -57,7 +57,7 @@ def gated(lower: Path, place: Path) -> Iterator[tuple[Mounted, Path]]:
 
 
 def as_victim(*command: str | Path) -> str:
-    """What a command says that another user runs."""
+    """Return what a command of another user prints."""
     prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
     return run(*prefix, *command, timeout=20).stdout
 
@@ -118,7 +118,7 @@ def test_any_number_may_wait_for_copy_ups(nobody_path: Path, files: int, data: b
 
 
 def asleep_in_fuse(pid: int) -> int:
-    """How many threads of a process, but for its first, wait for something else than each other."""
+    """Return how many threads of a process, except the first, wait for something other than each other."""
     count = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:

@@ -1,4 +1,4 @@
-"""What root applies and exports to where other users may write, too, and from what they made."""
+"""Root applies and exports safely to places where others may write, and from what they made."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_an_export_is_where_it_was_to_be(made: Path, nobody_path: Path, monkeypa
 
 
 def test_what_others_leave_beside_an_export(made: Path, nobody_path: Path) -> None:
-    """It is named as if an export had left it, and is deeper than programs can go."""
+    """The directory has the name of an export's temporary, and is deeper than programs can go."""
     left = nobody_path / ".new.cowfs-0123456789abcdef"
     command = (
         f"import os\nfor name in ['{left.name}'] + ['d'] * 3000:\n    os.mkdir(name)\n    os.chdir(name)"
@@ -233,7 +233,7 @@ def test_what_others_leave_beside_an_export(made: Path, nobody_path: Path) -> No
 
 
 def test_a_store_of_another_user_shows_nothing_more(made: Path, nobody_path: Path) -> None:
-    """Its maker chooses the modes of what the lower keeps from him."""
+    """The store's maker chose modes for files that the lower keeps from him."""
     store, lower = nobody_path / "store.bs", made / "lower"
     shutil.copy(made / "store.bs", store)
     os.chown(store, NOBODY, NOBODY)
@@ -289,7 +289,7 @@ def test_what_drives_terminals_goes_to_none(made: Path) -> None:
 def test_a_copy_of_a_store_makes_nothing_roots(
     made: Path, nobody_path: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Its owner swaps a program of root's that he has there for a file of his, after it was looked at."""
+    """The owner swaps a program of root's for his own file, after it was checked."""
     source, target = nobody_path / "source", tmp_path / "target"
     for path in (source, target):
         path.mkdir()
@@ -344,7 +344,7 @@ def test_a_backup_is_of_the_store_that_was_opened(
 
 
 def test_a_deep_tree_is_copied_in_one_go(tmp_path: Path) -> None:
-    """Who has one in a store would keep its users waiting while it is copied: each level from the root."""
+    """A deep tree would keep users waiting if each level were copied from the root."""
     source, target = tmp_path / "source", tmp_path / "target"
     for path in (source, target):
         path.mkdir()
