@@ -14,14 +14,22 @@ from setuptools import Extension, setup
 
 def says(*command: str, text: str = "") -> str | None:
     """Return what a command prints; None when it fails."""
+    if not shutil.which(command[0]):
+        return None
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     return None if done.returncode else done.stdout
 
 
 def has_header(name: str) -> bool:
     """Whether the compiler finds a header."""
-    include = f"-I{sysconfig.get_path('include')}"
-    return says(*compiler, include, "-E", "-xc", "-", text=f"#include <{name}>\n") is not None
+    if not shutil.which(compiler[0]):
+        return True  # the missing compiler is reported
+    flags = [
+        f"-I{sysconfig.get_path('include')}",
+        *shlex.split(says("pkg-config", "--cflags", "fuse3") or ""),
+    ]
+    text = f"#if !__has_include(<{name}>)\n#error\n#endif\n"
+    return says(*compiler, *flags, "-E", "-xc", "-", text=text) is not None
 
 
 def what_is_missing() -> Iterator[tuple[str, str]]:
@@ -37,9 +45,9 @@ def what_is_missing() -> Iterator[tuple[str, str]]:
             yield "the headers of libext2fs", "libext2fs-dev"
     if not shutil.which("pkg-config"):
         yield "pkg-config", "pkg-config libfuse3-dev"
-    elif says("pkg-config", "--exists", "fuse3 >= 3.14") is None:
+    elif says("pkg-config", "--exists", "fuse3 >= 3.14") is None or not has_header("fuse3/fuse_lowlevel.h"):
         yield "libfuse 3.14 or later with its headers", "libfuse3-dev"
-    elif says("pkg-config", "--exists", "liburing >= 2.3") is None:
+    elif says("pkg-config", "--exists", "liburing >= 2.3") is None or not has_header("liburing.h"):
         yield "liburing 2.3 or later with its headers", "liburing-dev"
 
 
