@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import argcomplete
 
 from cowfs.cli import options as mount_options
+from cowfs.errors import CowfsError
 from cowfs.linux.mount_table import mountinfo
 from cowfs.store.format.sniff import may_be_store
 
@@ -62,6 +63,8 @@ def _explain_usage(action: argparse.Action) -> None:
         action.completer = lambda prefix, **_: [*_mountpoints(), *_stores(prefix)]  # type: ignore[attr-defined]
     elif metavar in {"STORE", "FILE|DIR|memory"}:
         action.completer = lambda prefix, **_: _stores(prefix)  # type: ignore[attr-defined]
+    elif metavar == "NAME":
+        action.completer = _checkpoints  # type: ignore[attr-defined]
 
 
 def _stores(prefix: str) -> list[str]:
@@ -79,6 +82,16 @@ def _mountpoints() -> list[str]:
     """Complete the visible mountpoints of cowfs."""
     names = [os.fsdecode(mount.mountpoint) for mount in mountinfo() if mount.fstype == "fuse.cowfs"]
     return [name for name in names if name.isprintable()]  # other users may have chosen the names
+
+
+def _checkpoints(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    """Complete the checkpoints of the store or mount that was typed before."""
+    from cowfs.api import checkpoints
+
+    try:
+        return [checkpoint.name for checkpoint in checkpoints(parsed_args.what)]
+    except (CowfsError, OSError):
+        return []
 
 
 def _mount_options(prefix: str, **_: object) -> list[str]:

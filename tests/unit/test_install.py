@@ -18,6 +18,7 @@ from argcomplete.shell_integration import shellcode
 
 from cowfs.cli.main import SUBCOMMANDS
 from tests.support.mounts import COWFS, project_root
+from tests.support.system import run
 
 ROOT = Path(project_root())
 
@@ -220,6 +221,10 @@ def test_completion(tmp_path: Path) -> None:
     assert [name for name in offered("cowfs top ", tmp_path) if name[0] != "-" and "/" not in name] == []
     assert offered("cowfs mount -o ro,sto", tmp_path) == ["ro,store="]
     assert "ro,ro" not in offered("cowfs mount -o ro,r", tmp_path)
+    for words in (["create", "c.bs", "16"], ["checkpoint", "c.bs", "clean", "--lower", "directory"]):
+        run(*COWFS, *words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": project_root()})
+    assert offered("cowfs rollback c.bs c", tmp_path) == ["clean"]
+    assert offered("cowfs rollback nowhere c", tmp_path) == []
 
 
 TYPED = {
