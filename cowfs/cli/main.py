@@ -19,6 +19,7 @@ from cowfs.cli.limits import explain_shortage
 from cowfs.cli.output import be_quiet, open_streams, warn
 from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError, UsageError
 from cowfs.linux.programs import clean_own_environment
+from cowfs.linux.signals import ignore_keyboard_interrupts, raise_keyboard_interrupts
 
 # The text of `cowfs --help`: related subcommands share a line, so that all fit on a screen of 24 lines.
 _SUMMARY = (
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return guarded(lambda: _run_interruptibly(args))
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, and the exit code is known
+        ignore_keyboard_interrupts()  # the work is done, and the exit code is known
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -128,7 +129,7 @@ def prepare(arguments: Sequence[str]) -> None:
 def _run_interruptibly(args: list[str]) -> int:
     """Run the command line. From here on Ctrl-C raises KeyboardInterrupt; before, it ended the process."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise_keyboard_interrupts()
     return _run(args)
 
 

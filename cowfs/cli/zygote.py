@@ -24,6 +24,7 @@ from cowfs.cli.own_files import load_all
 from cowfs.command import GOODBYE, LONGEST_REQUEST
 from cowfs.linux import offspring
 from cowfs.linux.mount_table import mountinfo
+from cowfs.linux.signals import raise_keyboard_interrupts
 from cowfs.store.served.memory import keep_template
 
 _LOADED = (encrypted, helper_requests, mount, umount)
@@ -74,8 +75,8 @@ def _be(asked: dict[str, Any], output: int, answer: int) -> NoReturn:
     """Run the command. Never returns."""
     code = 1
     try:
-        for number in (signal.SIGCHLD, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise_keyboard_interrupts()
         os.write(answer, b"%d\n" % os.getpid())
         if os.environ != asked["environment"]:
             os.environ.clear()

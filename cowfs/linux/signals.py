@@ -16,8 +16,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 ASKS_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+_SOON = 0.001
+"""Seconds after which a SIGINT that came in a callback is tried again."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SIGINFO = struct.Struct("=I124x")  # struct signalfd_siginfo: ssi_signo; more
@@ -42,6 +46,29 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def raise_keyboard_interrupts() -> None:
+    """Let SIGINT raise KeyboardInterrupt, as Python does by default, but never where Python would lose it.
+
+    After an import, Python calls back to remove the module's lock. It prints an exception that is raised
+    there, and continues.
+    """
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
+
+
+def ignore_keyboard_interrupts() -> None:
+    """Ignore SIGINT from now on, also one that came already."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if frame is not None and frame.f_code.co_name == "cb" and "importlib" in frame.f_code.co_filename:
+        signal.setitimer(signal.ITIMER_REAL, _SOON)
+    else:
+        raise KeyboardInterrupt
 
 
 @contextmanager
