@@ -237,10 +237,8 @@ def apply(
     """
     from cowfs.exports.apply import Apply, Compared
     from cowfs.exports.choose import chosen
-    from cowfs.exports.conflicts import is_unchanged
     from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
-    from cowfs.exports.plan import plan
 
     found = find_mount(what)
     losses = Losses()
@@ -254,12 +252,10 @@ def apply(
         withheld = {} if trust else _withheld(changes, root)
         before, after = changes.tree_before(), changes.tree()
         target = None if is_store else _root(root, stack)
-        items = plan(changes.exactly(), after, before)
+        items = _planned(changes, before, after)
         if dry_run is not None:
             for change in changes:
                 dry_run(change)
-        if list(items) == [b""] and is_unchanged(before.node(b""), after.node(b"")):
-            items = {}  # an export has a root in any case
         bad, is_done = _conflicts(items, before, after, target, root, tell)
         if ask is not None:
             items = chosen(items, before, after, dict(bad), ask)
@@ -276,6 +272,17 @@ def apply(
             except OSError as error:
                 raise _not_completed(error, named, root, backup) from None
     return bad, losses
+
+
+def _planned(changes: Changes, before: Tree, after: Tree) -> Plan:
+    """Return what is to be made. An export has a root in any case: leave that out if it is all, and equal."""
+    from cowfs.exports.conflicts import is_unchanged
+    from cowfs.exports.plan import plan
+
+    items = plan(changes.exactly(), after, before)
+    if list(items) == [b""] and is_unchanged(before.node(b""), after.node(b"")):
+        return {}
+    return items
 
 
 def _conflicts(
