@@ -17,6 +17,7 @@ from cowfs.layers.base import Key, LowerLayer
 from cowfs.layers.slow import SlowLayer
 from cowfs.linux import user_namespace
 from cowfs.linux.user_namespace import IdMap, Range
+from cowfs.overlay.wrapped import WrappedLayer
 from cowfs.types import Attr, own_attr
 
 _OPTIONAL = (
@@ -76,31 +77,17 @@ def out_of(owners: IdMap | None) -> Translation | None:
     return Translation(user_namespace.number_outside, owners)
 
 
-class MappedOwners:
-    """The layer *inner*, with other owners. Its keys are those of *inner*."""
+class MappedOwners(WrappedLayer):
+    """The layer *inner*, with other owners."""
 
     def __init__(self, inner: LowerLayer, owners: Translation) -> None:
-        self.inner = inner
+        super().__init__(inner, _OPTIONAL)
         self._owners = owners
-        self.name = inner.name
-        self.root: Key = inner.root
-        self.dev = inner.dev
-        self.generation = inner.generation
-        self.waits = inner.waits
-        self.has_descriptors = inner.has_descriptors
-        self.data_only = inner.data_only
         self.readdir = inner.readdir
         self.names = inner.names
-        self.readlink = inner.readlink
         self.listxattr = inner.listxattr
-        self.open = inner.open
-        self.statfs = inner.statfs
         self.handle = inner.handle
-        self.handle_ino = inner.handle_ino
         self.forget = inner.forget
-        for name in _OPTIONAL:
-            if hasattr(inner, name):
-                setattr(self, name, getattr(inner, name))
 
     def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
         found = self.inner.lookup(directory, name)
@@ -111,9 +98,6 @@ class MappedOwners:
 
     def getxattr(self, key: Key, name: bytes) -> bytes:
         return self._owners.xattr(name, self.inner.getxattr(key, name))
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def as_in_store(layers: Sequence[LowerLayer], kinds: Sequence[str], owners: IdMap | None) -> list[LowerLayer]:

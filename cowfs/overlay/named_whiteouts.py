@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from cowfs.layers.base import Key, LowerLayer, NamesJob
+from cowfs.overlay.wrapped import WrappedLayer
 from cowfs.overlay.xattr_format import OPAQUE, TRUSTED, USER, XattrFormat
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle
 
@@ -55,30 +56,13 @@ class Whiteout:
         )
 
 
-class Reworded:
+class Reworded(WrappedLayer):
     """The layer *inner*, with its marks for whiteouts and the like translated to the union's."""
 
     def __init__(self, inner: LowerLayer) -> None:
-        self.inner = inner
+        super().__init__(inner, _OPTIONAL)
         self.format = XattrFormat(TRUSTED)
         """The words of the union (:func:`use_format`)."""
-        self.name = inner.name
-        self.root: Key = inner.root
-        self.dev = inner.dev
-        self.generation = inner.generation
-        self.waits = inner.waits
-        self.has_descriptors = inner.has_descriptors
-        self.data_only = inner.data_only
-        self.readlink = inner.readlink
-        self.open = inner.open
-        self.statfs = inner.statfs
-        self.handle_ino = inner.handle_ino
-        for name in _OPTIONAL:
-            if hasattr(inner, name):
-                setattr(self, name, getattr(inner, name))
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 class NamedWhiteouts(Reworded):
