@@ -84,9 +84,10 @@ class NodeHandlers(Handlers):
             libfuse.serve_inodes(self._inode_of, upper.image.calls(), atime)
 
     def _inode_of(self, ino: int) -> int:
-        """Return the inode in the store's image that has all of a node; 0 if there is none.
+        """Return the inode in the store's image that has all of a file or directory; 0 if there is none.
 
-        The result is negative if it may only be read, since the inode may be protected.
+        The result is negative if it may only be read, since the inode may be protected. A device may be
+        stored as a file, and what C sees there is not what users see.
         """
         node = self._fs.nodes.get(ino)
         if (
@@ -97,7 +98,7 @@ class NodeHandlers(Handlers):
             or node.indexed is not None
             or node.dead
             or ino & APART
-            or (node.children is not None and node.below != ())
+            or (node.below != () if node.children is not None else not stat.S_ISREG(node.mode))
         ):
             return 0
         return int(node.upper) if node.protection == 0 else -node.upper

@@ -202,6 +202,17 @@ def test_other_files_of_an_image_are_changed_by_python(with_image: Noted, what: 
         assert "group::---\nmask::---" in run("getfacl", "-c", path).stdout.replace("#effective:---", "")
 
 
+def test_a_device_that_is_stored_as_a_file_is_changed_as_a_device(with_image: Noted) -> None:
+    path = with_image.path / "device"
+    os.mknod(path, stat.S_IFCHR | 0o644, 0)
+    for mode in (0o600, 0o601):
+        path.chmod(mode)
+        os.chown(path, os.getuid(), os.getgid())
+        os.utime(path, ns=(1_000_000_007, 2_000_000_009))
+        now = path.lstat()
+        assert (now.st_mode, now.st_mtime_ns) == (stat.S_IFCHR | mode, 2_000_000_009)
+
+
 def test_the_target_of_a_link_is_asked_for_once(mount: Noted) -> None:
     for _ in range(3):
         assert os.readlink(mount.path / "link") == "file"
