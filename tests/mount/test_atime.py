@@ -158,6 +158,18 @@ def test_o_noatime(mount: Mounted) -> None:
     os.close(fd)
 
 
+def test_what_keeps_its_atime(mount: Mounted) -> None:
+    place = make(mount.path / "keeps")
+    for name in ("file", "dir"):
+        path = place / f"new-{name}"
+        if run("chattr", "+A", path, check=False).returncode:
+            pytest.skip("chattr +A does not work on the disk of the tests")
+        assert not changes(path, READ[name]), name
+    run("chattr", "-A", place / "new-file")
+    pause()
+    assert changes(place / "new-file", read)
+
+
 def test_kept_and_not_changed_where_nothing_may_be(image: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     cowfs("create", store, "64", check=True)

@@ -220,7 +220,7 @@ int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr 
 int x3_is_simple(x3_image *img, uint32_t ino);
 /* The same as x3_setattr for such an inode; then fill *attr* as x3_getattr does. EOPNOTSUPP for others. */
 int x3_setattr_simple(x3_image *img, uint32_t ino, uint32_t what, struct x3_attr *attr);
-/* Set the atime to now, if the kernel would with relatime, or *always*. */
+/* Set the atime to now, if the kernel would with relatime, or *always*; never with the flag A of chattr(1). */
 int x3_was_read(x3_image *img, uint32_t ino, int always);
 
 /*

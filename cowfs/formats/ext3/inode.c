@@ -157,7 +157,7 @@ void inode_times(x3_image *img, struct inode *in, uint32_t what, int64_t ns)
 		time_set(img, in, &in->raw->i_ctime, &in->raw->i_ctime_extra, ns);
 }
 
-/* Whether reading changes its atime (relatime_need_update() in the kernel's fs/inode.c). */
+/* Whether reading changes its atime (atime_needs_update() in the kernel's fs/inode.c). */
 bool inode_atime_is_due(x3_image *img, const struct inode *in, int64_t now, bool always)
 {
 	enum { A_DAY = 24 * 60 * 60 };
@@ -169,6 +169,8 @@ bool inode_atime_is_due(x3_image *img, const struct inode *in, int64_t now, bool
 	uint64_t then = (uint64_t)now - first;
 	bool wide = has_extra(img, in, (const char *)(&raw->i_atime_extra + 1) - (const char *)raw);
 
+	if (raw->i_flags & EXT2_NOATIME_FL)
+		return false;
 	if (!always && mtime < atime && ctime < atime && (then < atime || then / NS - atime / NS < A_DAY))
 		return false;
 	return wide ? atime != then : atime / NS != then / NS;
