@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, MountFailure
-from cowfs.linux.files import is_image
+from cowfs.linux.files import absolute, is_image
 from cowfs.linux.fuse import FSTYPE, LISTED
 from cowfs.linux.mount_table import MountInfo, mount_of, mountinfo
 from cowfs.linux.safe_paths import is_same_file
@@ -30,10 +30,13 @@ VIEW_FSTYPE = "fuse.cowfs-store"
 
 
 def find_mount(path: str) -> MountInfo | None:
-    """Return the cowfs mount whose mountpoint is *path*; None if there is none."""
+    """Return the cowfs mount whose mountpoint is *path*; None if there is none.
+
+    SystemFailure as :func:`cowfs.linux.files.absolute`.
+    """
     # Do not access the last component: it may be the root of a mount whose daemon is dead, or hangs.
     for _ in range(_MOST_LINKS):
-        directory, name = os.path.split(os.path.abspath(path))
+        directory, name = os.path.split(absolute(path))
         directory = os.path.realpath(directory)
         found = mount_of(os.path.join(directory, name))
         if found is not None:

@@ -23,10 +23,12 @@ from cowfs.errors import (
     SystemFailure,
     UsageError,
 )
+from cowfs.linux.files import absolute
 from cowfs.url.names import authority, place
 
-Path = str | os.PathLike[str]
-Option = str | int | bool | Sequence[str] | None
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Value = Path | int | float
+Option = Value | bool | Sequence[Value] | None
 _FAILURES: dict[int, type[CowfsError]] = {
     EXIT_USAGE: UsageError,
     EXIT_SYSTEM: SystemFailure,
@@ -40,18 +42,32 @@ GOODBYE = b"{}"
 def mount_arguments(
     lowers: Sequence[Path], mountpoint: str, store: Path | None, options: Iterable[tuple[str, Option]]
 ) -> list[str]:
-    """Return the arguments of ``cowfs mount`` for these layers, topmost first."""
-    arguments = ["mount", join_lowers([place(os.fspath(lower)) for lower in lowers]), mountpoint]
+    """Return the arguments of ``cowfs mount`` for these layers, topmost first. UsageError as `text_of`."""
+    arguments = ["mount", join_lowers([place(text_of("lower", lower)) for lower in lowers]), mountpoint]
     if store is not None:
-        where = os.fspath(store)
-        arguments.append(f"--store={where if where == 'memory' else os.path.abspath(where)}")
+        where = text_of("store", store)
+        arguments.append(f"--store={where if where == 'memory' else absolute(where)}")
     for name, value in options:
         if value is True:
             arguments += ["-o", name]
         elif value is not None and value is not False:
-            for each in [str(value)] if isinstance(value, str | int) else value:
-                arguments += ["-o", f"{name}={_escaped(each, ',')}"]
+            several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+            values: Iterable[object] = value if several else [value]  # type: ignore[assignment]
+            for each in values:
+                text = str(each) if isinstance(each, int | float) else text_of(f"option {name}", each)
+                arguments += ["-o", f"{name}={_escaped(text, ',')}"]
     return arguments
+
+
+def text_of(what: str, given: object) -> str:
+    """Return a path or value as text. UsageError, which names *what* it is for, if it cannot be one."""
+    if not isinstance(given, str | bytes | os.PathLike):
+        raise UsageError(f"{what}: {given!r} is neither a path nor text", "give a str or a pathlib.Path")
+    text = os.fsdecode(given)
+    if not text or "\0" in text:
+        wrong = "has a null byte" if text else "is empty"
+        raise UsageError(f"{what}: {text!r} {wrong}", "give a name that a file can have")
+    return text
 
 
 def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cowfs.checkpoints import Checkpoint, checkpoint, checkpoints, rollback
 from cowfs.client import ask, find_mount, the_mount
-from cowfs.command import Option, mount_arguments, run_command
+from cowfs.command import Option, Path, mount_arguments, run_command, text_of
 from cowfs.errors import CowfsError, MountFailure
+from cowfs.linux.files import absolute
 from cowfs.mounted_changes import PATIENCE
 from cowfs.opened_changes import open_changes
 from cowfs.types import Change
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class MountedTree:
     """A union that :func:`mount` has mounted."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         """Where it is mounted."""
 
@@ -80,10 +81,10 @@ class MountedTree:
 
 @contextmanager
 def mount(
-    lower: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    store: str | os.PathLike[str] | None = None,
+    lower: Path | Sequence[Path],
+    store: Path | None = None,
     *,
-    mountpoint: str | os.PathLike[str] | None = None,
+    mountpoint: Path | None = None,
     **options: Option,
 ) -> Iterator[MountedTree]:
     """Mount a union of *lower* (an image or a directory; several: the topmost first) and *store*; unmount it
@@ -97,13 +98,13 @@ def mount(
     detached, and the store is released when that process is done. If the block raised an exception, that gets
     this as a note.
     """
-    lowers = [lower] if isinstance(lower, str | os.PathLike) else list(lower)
+    lowers = lower if isinstance(lower, Sequence) and not isinstance(lower, str | bytes) else [lower]
     with ExitStack() as stack:
         if mountpoint is None:
             where = tempfile.mkdtemp(prefix="cowfs-")
             stack.callback(os.rmdir, where)
         else:
-            where = os.path.abspath(mountpoint)
+            where = absolute(text_of("mountpoint", mountpoint))
         before = find_mount(where)
         temporary = where if mountpoint is None else None
         try:
@@ -115,7 +116,7 @@ def mount(
             raise
         mounted = find_mount(where)
         try:
-            yield MountedTree(Path(where))
+            yield MountedTree(pathlib.Path(where))
         except BaseException as error:
             try:
                 _unmount(where, mounted)

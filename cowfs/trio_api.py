@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import pathlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import trio
 
 from cowfs import api
-from cowfs.command import Option
+from cowfs.command import Option, Path
 from cowfs.types import Change
 
 
@@ -24,7 +23,7 @@ class AsyncMountedTree:
         self._tree = tree
 
     @property
-    def path(self) -> Path:
+    def path(self) -> pathlib.Path:
         """Where it is mounted."""
         return self._tree.path
 
@@ -55,10 +54,10 @@ class AsyncMountedTree:
 
 @asynccontextmanager
 async def mount_async(
-    lower: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    store: str | os.PathLike[str] | None = None,
+    lower: Path | Sequence[Path],
+    store: Path | None = None,
     *,
-    mountpoint: str | os.PathLike[str] | None = None,
+    mountpoint: Path | None = None,
     **options: Option,
 ) -> AsyncIterator[AsyncMountedTree]:
     """Mount as :func:`cowfs.api.mount` does, without blocking; unmount at the end, also when cancelled."""

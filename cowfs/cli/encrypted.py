@@ -56,7 +56,10 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 def _open_in_options(args: argparse.Namespace, stack: ExitStack) -> None:
     from cowfs.cli.options import parse
+    from cowfs.cli.remount import is_asked_for
 
+    if is_asked_for(args.options):  # mount(8) repeats the options of fstab; the store is open
+        return
     given = parse(args.options).values
     store = given.get("store", "")
     device = _opened(found(store), args.key_file or given.get("key_file"), stack)

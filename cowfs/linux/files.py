@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from cowfs.errors import SystemFailure
 from cowfs.linux import filesystems
 from cowfs.types import FileHandle
 
@@ -49,6 +50,16 @@ _libc.name_to_handle_at.argtypes = (
 _libc.syncfs.argtypes = (ctypes.c_int,)
 _libc.syscall.restype = ctypes.c_long
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def absolute(path: str) -> str:
+    """Return an absolute path, without following links. SystemFailure if the current directory is gone."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise SystemFailure(
+            "the current directory has been removed", "change to another one, or give absolute paths"
+        ) from None
 
 
 def _raise() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from urllib.parse import urlsplit
 
 from cowfs.errors import UsageError
+from cowfs.linux.files import absolute
 
 _START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _AUTHORITY = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/?#\\]*")
@@ -25,8 +25,8 @@ def authority(text: str) -> str:
 
 
 def place(text: str) -> str:
-    """Return the absolute path or the URL of a lower."""
-    return text if is_url(text) else os.path.abspath(text)
+    """Return the absolute path or the URL of a lower. SystemFailure as :func:`absolute`."""
+    return text if is_url(text) else absolute(text)
 
 
 def check(url: str) -> None:

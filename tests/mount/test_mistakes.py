@@ -37,6 +37,9 @@ def said(*words: str | os.PathLike[str], code: int, nobody: bool = False) -> str
     return done.stderr.removeprefix("cowfs: ").rstrip("\n")
 
 
+EMPTY, UNSET = "an empty argument was given for", ": is a shell variable unset?"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -44,11 +47,14 @@ def said(*words: str | os.PathLike[str], code: int, nobody: bool = False) -> str
         (["umuont", "mnt"], "unknown subcommand 'umuont'; did you mean 'umount'?"),
         (["difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
         (["crate", "s.bs", "16"], "unknown subcommand 'crate'; did you mean 'create'?"),
+        (["mount", "/usr", "/mnt", "--store="], f"{EMPTY} STORE{UNSET} (see `cowfs mount --help`)"),
+        (["umount", ""], f"{EMPTY} MOUNTPOINT{UNSET} (see `cowfs umount --help`)"),
+        (["grow", "", "1G"], f"{EMPTY} STORE{UNSET} (see `cowfs grow --help`)"),
         (["-q", "difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
         (["-z", "diff"], "-z: no subcommand before it (cowfs SUBCOMMAND [OPTION]...; see `cowfs --help`)"),
     ],
 )
-def test_a_mistyped_subcommand_is_named_with_the_nearest(words: list[str], message: str) -> None:
+def test_a_mistyped_command_line_says_what_is_wrong(words: list[str], message: str) -> None:
     assert said(*words, code=1) == message
 
 
@@ -95,6 +101,7 @@ def test_what_cannot_be_made_names_what_to_do(here: Mounted, tmp_path: Path) -> 
 
 
 def test_check_of_what_is_no_store(here: Mounted, tmp_path: Path) -> None:
+    assert said("check", "", code=16).startswith(f"{EMPTY} STORE")  # 1 would mean that it was repaired
     assert said("check", tmp_path, code=8).startswith(f"{tmp_path}: not a store")
     assert said("check", here.path, code=8).startswith(f"{here.path}: is a mountpoint, not a store")
 

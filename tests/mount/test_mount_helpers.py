@@ -234,7 +234,8 @@ def test_a_user_mounts_and_unmounts_by_fstab(nobody_path: Path, base: Path) -> N
 
 
 def test_every_option_may_stand_in_fstab(base: Path) -> None:
-    """Those of cowfs, those of mount(8), and those of others: all in one line that mounts."""
+    """Those of cowfs, those of mount(8), and those of others: all in one line that mounts, and remounts."""
+    os.symlink(HELPERS / "mount.cowfs", base / "sbin" / "mount.fuse.cowfs")
     ours = [
         f"store={base}/store,subdir=one,engine=auto,image_offset=0,io_uring=auto,passthrough=auto,volatile=/dir",
         f"size=64M,fsname=name,log={base}/log,debug=cache,force_lower,noallow_other,noacl,blame,fault=none",
@@ -250,12 +251,17 @@ def test_every_option_may_stand_in_fstab(base: Path) -> None:
         """
         mount mnt
         findmnt -n -o SOURCE,OPTIONS -M "$PWD/mnt"
+        mount -o remount,ro mnt
+        touch mnt/x 2>&1 || true
+        mount -o remount,rw mnt
+        touch mnt/x
         umount mnt
         """,
         fstab=f"{base}/lower {base}/mnt cowfs {','.join([*ours, others, systemd])} 0 0\n",
     )
-    source, options = said.split()
+    (source, options), *rest = map(str.split, said.splitlines())
     assert source == "name"
+    assert [" ".join(line) for line in rest] == ["touch: cannot touch 'mnt/x': Read-only file system"]
     assert {"rw", "nosuid", "nodev", "noexec", "relatime", "sync"} <= set(options.split(","))
 
 

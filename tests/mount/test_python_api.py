@@ -13,8 +13,9 @@ import pytest
 import trio
 
 import cowfs
+from cowfs import api
 from cowfs.client import facts_of
-from cowfs.errors import CowfsError, MountFailure, UsageError
+from cowfs.errors import CowfsError, MountFailure, SystemFailure, UsageError
 from cowfs.types import Change
 from tests.support.mounts import cowfs as command_of
 from tests.support.mounts import is_mounted
@@ -160,6 +161,44 @@ def test_a_store_keeps_what_an_exception_has_cut_off(lower: Path, tmp_path: Path
     assert not is_mounted(mountpoint)
     in_use.close()
     assert (store / "upper/new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lower": None}, "lower: None is neither a path nor text"),
+        ({"lower": [5]}, "lower: 5 is neither a path nor text"),
+        ({"lower": ""}, "lower: '' is empty"),
+        ({"lower": "a\0b"}, "lower: .* has a null byte"),
+        ({"store": ""}, "store: '' is empty"),
+        ({"store": b"/none/store"}, "^/none/store: cannot be created"),
+        ({"mountpoint": 3}, "mountpoint: 3 is neither a path nor text"),
+        ({"fsname": "a\0b"}, "option fsname: .* has a null byte"),
+        ({"size": object()}, "option size: .* is neither a path nor text"),
+        ({"size": 1.5}, "1.5 MiB is too small"),
+        ({"log": Path("/none/log")}, "/none/log: "),
+        ({"fault": [5]}, "fault=5: not a fault"),
+    ],
+)
+def test_a_wrong_argument_is_named(lower: Path, given: dict[str, object], message: str) -> None:
+    with pytest.raises(CowfsError, match=message), cowfs.mount(**{"lower": lower, **given}):  # type: ignore[arg-type]
+        raise AssertionError("not reached")
+
+
+async def test_a_removed_current_directory_is_named(
+    lower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for way in (cowfs.mount("x"), cowfs.mount(lower, "x"), cowfs.mount(lower, mountpoint="x")):
+        with pytest.raises(SystemFailure, match="current directory has been removed"), way:
+            raise AssertionError("not reached")
+    with pytest.raises(SystemFailure, match="current directory has been removed"):
+        async with cowfs.mount_async("x"):
+            raise AssertionError("not reached")
+    with pytest.raises(SystemFailure, match="current directory has been removed"), api.open_changes("x"):
+        raise AssertionError("not reached")
 
 
 @pytest.mark.parametrize(

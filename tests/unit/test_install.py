@@ -27,7 +27,7 @@ def install(tree: Path, *arguments: str, prefix: str = "/usr") -> str:
     done = subprocess.run(
         [ROOT / "scripts/install", *arguments],
         env={**os.environ, "DESTDIR": str(tree), "PREFIX": prefix},
-        capture_output=True, text=True, timeout=110,
+        capture_output=True, text=True, timeout=380,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -145,6 +145,7 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         "/b\\040c.sqsh  /m  fuse.cowfs  store=/live/b.bs  0 2\n"
         "/none.sqsh  /m  cowfs  ro,nofail  0 2\n"
         "/memory.sqsh  /m  cowfs  store=memory  0 2\n"
+        "/comma.sqsh  /m  cowfs  store=/one,store=/a\\134\\054b\\,c\\\\,ro  0 2\n"
     )
     yield tmp_path, []
 
@@ -156,6 +157,7 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         (["-n", "/s.bs"], ["check", "-n", "--", "/s.bs"]),
         (["-p", "/a.sqsh"], ["check", "--", "/live/of a.bs"]),
         (["-fy", "/b c.sqsh"], ["check", "--", "/live/b.bs"]),
+        (["/comma.sqsh"], ["check", "--", "/a,b,c\\"]),
     ],
 )
 def test_fsck(fsck: tuple[Path, object], arguments: list[str], called: list[str]) -> None:

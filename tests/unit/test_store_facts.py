@@ -40,6 +40,9 @@ from tests.support.system import run
         ("1T", 1 << 40),
         ("65536K", 64 << 20),
         ("5K", 4096),
+        ("1K", 4096),
+        ("0", 0),
+        ("8388607T", 8388607 << 40),
         (" 16 ", 16 << 20),
         ("1.5G", 3 << 29),
         ("0.25MiB", 1 << 18),
@@ -71,6 +74,11 @@ def test_a_size_is_megabytes_unless_it_says_otherwise(text: str, size: int) -> N
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         sizes.parse_size(text)
+
+
+def test_a_size_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="'8388608T' is too large for a file"):
+        sizes.parse_size("8388608T")
 
 
 def test_sizes_are_written_for_people() -> None:

@@ -16,6 +16,7 @@ LARGEST = 16 << 40
 FAT_LARGEST = (1 << 32) - 1
 """The largest file on FAT, whose sizes have 32 bits."""
 
+_MOST = (1 << 63) - 1
 _UNITS = {"": MIB, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
@@ -23,14 +24,17 @@ _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)([kmgt]?)(?:i?b)?", re.IGNORE
 def parse_size(text: str) -> int:
     """Return a size in bytes: ``256``, ``256M`` and ``256MiB`` are MiB; also ``64K``, ``1.5G``, ``1T``.
 
-    It is rounded down to whole blocks of 4 KiB. UsageError if *text* is not a size.
+    It is rounded down to whole blocks of 4 KiB, but not to 0. UsageError if *text* is not a size of a file.
     """
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise UsageError(f"{text!r} is not a size", "write 256 or 256M for MiB, 2G for GiB")
     unit = _UNITS[match[2].lower()]
     whole, _, part = match[1].partition(".")
-    return int(whole) * unit + int(part or 0) * unit // int("1" + "0" * len(part)) & ~4095
+    size = int(whole) * unit + int(part or 0) * unit // int("1" + "0" * len(part))
+    if size > _MOST:
+        raise UsageError(f"{text!r} is too large for a file", "write 256 or 256M for MiB, 2G for GiB")
+    return size & ~4095 or (4096 if size else 0)
 
 
 def format_size(size: int) -> str:
