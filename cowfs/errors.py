@@ -44,7 +44,16 @@ def _shown(character: str) -> str:
     return _SHORT.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
 
 
-class NotYetFree(OSError):
+class NoRoom(OSError):
+    """ENOSPC or the like."""
+
+    written = 0
+    """How many bytes of a write had room, and have been written …"""
+    answer = 0
+    """… and what write(2) returns then; 0: the error."""
+
+
+class NotYetFree(NoRoom):
     """ENOSPC for a caller that must not wait for the disk: freed blocks can be used after the next commit."""
 
 

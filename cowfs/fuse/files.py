@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager, suppress
 
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
+from cowfs.errors import NoRoom
 from cowfs.fuse import libfuse
 from cowfs.fuse.handlers import Said, async_, changing, failure_of, sync, told
 from cowfs.fuse.loop import RequestLoop
@@ -32,10 +33,20 @@ from cowfs.overlay.overlay import Overlay
 from cowfs.url.waiting import WouldWait, at_once
 
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
+_KERNEL = 0xFFFFFFFF
+"""The user who writes what was changed by mmap(2)."""
 _NO_NAME = b"/"
 """What O_TMPFILE creates (``beyond.c``)."""
 _UNKNOWN = 0
 """The handle number of files that the kernel opens without us, and never releases."""
+
+
+def _may_be_short(said: Said, handle: Handle) -> bool:
+    """Whether a write that does not fit may say how much of it was written.
+
+    Not if it should be on disk then, or if the kernel writes mapped pages.
+    """
+    return said.uid != _KERNEL and not said.flags & _SYNCHRONOUS and not handle.is_synchronous
 
 
 def _by_uid(ctx: RequestContext) -> Writer:
@@ -231,6 +242,10 @@ class FileHandlers(NodeHandlers):
                     sync = functools.partial(file.fsync, said.flags & os.O_SYNC != os.O_SYNC)
                     await threads.run(sync, threads.syncs, uid)
             return written
+        except NoRoom as failure:
+            if not handle.is_frozen and _may_be_short(said, handle):
+                failure.answer = failure.written
+            raise
         finally:
             self._tell(node, mode)
 

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import FUSEError
 
-from cowfs.errors import NotYetFree
+from cowfs.errors import NoRoom, NotYetFree
 from cowfs.fuse import libfuse
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
@@ -31,6 +31,13 @@ S = TypeVar("S", bound="Handlers")
 def failure_of(error: BaseException, name: str) -> FUSEError:
     """Return the answer to the kernel for an exception of the handler *name*."""
     return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
+
+
+def _done_or_failed(error: Exception, name: str) -> Any:
+    """Return what the handler *name* has done before an exception, or raise the answer to the kernel."""
+    if isinstance(error, NoRoom) and error.answer:
+        return error.answer
+    raise failure_of(error, name) from None
 
 
 def sync(
@@ -123,7 +130,8 @@ def told(
             raise
         except Exception as error:
             if not self._may_succeed(error):
-                raise failure_of(error, method.__name__) from None
+                done: R = _done_or_failed(error, method.__name__)
+                return done
             failure = error
         again = functools.partial(method, self, said, *args, **kwargs)
         return await self._again(again, failure, method.__name__, _user_of(args))
@@ -198,7 +206,8 @@ class Handlers(pyfuse3.Operations):
                         return await call()
                 except Exception as failure:
                     if not self._may_succeed(failure, gave_way=gave_way, reliefs=reliefs):
-                        raise failure_of(failure, name) from None
+                        done: R = _done_or_failed(failure, name)
+                        return done
                     error = failure
         finally:
             answers.close()

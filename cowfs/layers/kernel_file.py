@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 
+from cowfs.errors import NoRoom
 from cowfs.layers.base import File
 from cowfs.linux import files
 from cowfs.types import Attr
@@ -29,7 +30,14 @@ class KernelFile:
     def pwrite(self, data: bytes, offset: int) -> int:
         written = os.pwrite(self._fd, data, offset)
         while written < len(data):  # a signal or a full disk: the next write tells which
-            written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
+            try:
+                written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
+            except OSError as failure:
+                if failure.errno not in files.LACK_OF_ROOM:
+                    raise
+                no_room = NoRoom(*failure.args)
+                no_room.written = written
+                raise no_room from None
         return written
 
     def fill(self, data: bytes, offset: int) -> None:

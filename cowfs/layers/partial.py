@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Protocol, cast
 
+from cowfs.errors import NoRoom
 from cowfs.layers.base import Allocatable, File
 from cowfs.types import Attr
 
@@ -135,7 +136,11 @@ class PartialFile:
         data = self.below(stop - start, start, self._source.pread)
         with self._part.changing:
             if not self._part.is_whole and self._part.end >= stop and data is not None:
-                cast(Fillable, self._target).fill(data, start)
+                try:
+                    cast(Fillable, self._target).fill(data, start)
+                except NoRoom as failure:
+                    failure.written = 0  # this is not the writer's data
+                    raise
         return stop
 
     def copy_steps(self, size: int | None = None) -> Iterator[int]:

@@ -71,6 +71,27 @@ def whole(store: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_a_write_that_does_not_fit_says_how_much_it_wrote(base: Path, kind: str) -> None:
+    with host("ext3", base / "host", 16) as at:
+        store = base / "small" if kind == "image" else at / "store"
+        if kind == "image":
+            cowfs("create", store, "16", check=True)
+        with mounted(base / "lower", base / "mnt", store, options=["passthrough=off"]) as here:
+            fd = os.open(here.path / "data", os.O_CREAT | os.O_RDWR)
+            try:
+                written = [0]
+                with pytest.raises(OSError) as caught:
+                    while True:
+                        written.append(os.write(fd, bytes([len(written)]) * 300_001))
+                assert caught.value.errno == errno.ENOSPC
+                assert len(written) > 5 and written[-1] < 300_001
+                assert os.fstat(fd).st_size == sum(written)
+                assert os.pread(fd, 1, sum(written) - 1) == bytes([len(written) - 1])
+            finally:
+                os.close(fd)
+
+
 # --- 1, 2, 3, 4: file data, somebody else's data, copy-up, names
 
 

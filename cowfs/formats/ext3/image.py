@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
+from cowfs.errors import NoRoom
 from cowfs.formats.ext3._engine import ffi, lib
 from cowfs.formats.ext3.directory import (
     INO,
@@ -373,7 +374,7 @@ class Image(Opened):
         return bytes(ffi.buffer(buffer, got))
 
     def pwrite(self, ino: int, data: bytes, offset: int) -> int:
-        """Write all of *data*; return its length. May block. After ENOSPC a part may have been written."""
+        """Write all of *data*; return its length. May block. NoRoom says how much has been written."""
         size = len(data)
         given = data if type(data) is bytes else ffi.from_buffer(data)
         done: int = lib.x3_write(self.handle, ino, given, size, offset)
@@ -392,7 +393,11 @@ class Image(Opened):
         size = len(data)
         while 0 <= done < size:  # full: the rest says so
             rest = memoryview(data)[done:]
-            done += self._done(call(self.handle, ino, ffi.from_buffer(rest), size - done, offset + done))
+            try:
+                done += self._done(call(self.handle, ino, ffi.from_buffer(rest), size - done, offset + done))
+            except NoRoom as failure:
+                failure.written = done
+                raise
         return self._done(done)
 
     def truncate(self, ino: int, size: int) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
-from cowfs.errors import NotYetFree
+from cowfs.errors import NoRoom, NotYetFree
 from cowfs.formats.ext3 import features
 from cowfs.formats.ext3._engine import ffi, lib
 from cowfs.formats.ext3.places import places
@@ -183,7 +183,7 @@ class Opened:
             return NotYetFree(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
         if -code in LACK_OF_ROOM or code in {-errno.EIO, -errno.ENOMEM}:
             self._tell_stall()
-        return OSError(-code, os.strerror(-code), *names)
+        return (NoRoom if -code in LACK_OF_ROOM else OSError)(-code, os.strerror(-code), *names)
 
     def damaged(self, what: str) -> OSError:
         """Log a damage, once, up to a limit; return the exception for it."""
