@@ -76,13 +76,15 @@ def export(
     returns about how many paths there will be. Raises CowfsError, and OSError with the path of what cannot be
     read.
     """
-    from cowfs.exports.run import Watch, check, export
+    from cowfs.exports.run import DIRECTORIES, Watch, check, export
+    from cowfs.exports.target import must_be_elsewhere
 
     check(how)
     found = find_mount(what)
     with open_changes(what, lowers, tell) as changes:
         if found is not None and _is_on(target, found.dev):
             raise UsageError(f"{target}: is inside the mount that is exported", "choose a path outside of it")
+        must_be_elsewhere(target, changes.paths(), below=how.merged and how.format in DIRECTORIES)
         withheld = {} if trust or how.format != "overlayfs" else _withheld(changes, target)
         if expect is not None:
             expect(functools.partial(changes.count_names, merged=how.merged or how.format == "iso"))
@@ -130,7 +132,7 @@ def report(
     """
     from cowfs.changes.select import Selection
     from cowfs.exports.report import Facts, write_report
-    from cowfs.exports.target import new_file
+    from cowfs.exports.target import must_be_elsewhere, new_file
 
     found = find_mount(what)
     with open_changes(what, lowers, tell) as changes, ExitStack() as stack:
@@ -141,6 +143,7 @@ def report(
                 f"{target}: is inside the mount that is reported on", "choose a path outside of it"
             )
         else:
+            must_be_elsewhere(target, changes.paths())
             fd = stack.enter_context(new_file(target, force=force))
             out = stack.enter_context(os.fdopen(fd, "wb", closefd=False))
         selection = selection or Selection()
@@ -239,16 +242,19 @@ def apply(
     from cowfs.exports.choose import chosen
     from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
+    from cowfs.exports.target import is_same, must_be_elsewhere
 
     found = find_mount(what)
     losses = Losses()
-    if found is None and _is_same(what, root):
+    if found is None and is_same(what, root):
         raise UsageError(f"{root}: is the store whose changes are meant", "give another directory or store")
     with ExitStack() as stack:
         changes = stack.enter_context(open_changes(what, lowers, tell))
         named, is_store = root, _is_store(root)
         if found is not None and _is_on(os.path.join(root, "new"), found.dev):
             raise UsageError(f"{root}: is in the mount whose changes are meant", "give another directory")
+        for target in (root, backup) if backup else (root,):
+            must_be_elsewhere(target, changes.paths()[:1])
         withheld = {} if trust else _withheld(changes, root)
         before, after = changes.tree_before(), changes.tree()
         target = None if is_store else _root(root, stack)
@@ -392,13 +398,6 @@ def _is_on(path: str, dev: str) -> bool:
     except OSError:
         return False
     return f"{os.major(here)}:{os.minor(here)}" == dev
-
-
-def _is_same(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
 
 
 class Done(NamedTuple):

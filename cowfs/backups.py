@@ -11,7 +11,7 @@ from threading import Thread
 
 from cowfs.client import ask, facts_of, mount_with_store
 from cowfs.errors import MountFailure, StoreError, UsageError
-from cowfs.exports.target import new_directory, new_file
+from cowfs.exports.target import must_be_elsewhere, new_directory, new_file
 from cowfs.linux.mount_table import MountInfo
 from cowfs.offline_changes import Tell, must_be_there
 from cowfs.store.e2fsprogs import tools
@@ -48,12 +48,15 @@ def backup(
     mount = mount_with_store(what)
     if mount is not None:
         _refuse_inside(target, mount.dev)
-        if facts_of(mount.dev)["store"]["kind"] == "directory":
+        store = facts_of(mount.dev)["store"]
+        must_be_elsewhere(target, [str(store["path"])])
+        if store["kind"] == "directory":
             _mounted_directory(mount, target, force, tell, tick)
         else:
             _mounted_image(what, mount, target, force, progress)
         return
     must_be_there(what)
+    must_be_elsewhere(target, [what])
     _copy(what, target, force, tell, tick)
 
 
@@ -70,6 +73,7 @@ def restore(
     At the end *target* is complete, or as it was before. Blocks. Raises what backup() raises.
     """
     must_be_there(source)
+    must_be_elsewhere(target, [source])
     with ExitStack() as stack:
         if mount_with_store(target) is not None:
             raise UsageError(f"{target}: is mounted", "unmount it first, or give another name")

@@ -133,6 +133,13 @@ class MountedChanges:
                 *(("lower", f"{one['path']} ({one['description']})") for one in facts["lowers"]),
             ]
 
+    def paths(self) -> list[str]:
+        from cowfs.client import facts_of
+
+        facts = facts_of(self._dev)
+        with checked_answer(self._path):
+            return [str(one["path"]) for one in (facts["store"], *facts["lowers"])]
+
     def count_names(self, *, merged: bool = False) -> int:
         from cowfs.changes.names import count_names
         from cowfs.client import facts_of

@@ -113,7 +113,8 @@ class OfflineChanges:
             styles = tuple(low.whiteouts for low in found)
             if not lowers.force:
                 check_lowers(store.header, found, path)
-        self._sources = [place(each) for each in (path, *given)]
+        self._paths = [path, *given]
+        self._sources = [place(each) for each in self._paths]
         self._lowers = open_lowers(given, lowers.engine, offsets, data_only, styles)
         for lower in self._lowers:
             stack.callback(lower.close)
@@ -205,6 +206,9 @@ class OfflineChanges:
             ("store", f"{store.kind}, made {store.header.created}, by {store.header.created_by}"),
             *(("lower", f"{one.path} ({one.description})") for one in store.header.lowers),
         ]
+
+    def paths(self) -> list[str]:
+        return self._paths
 
     def count_names(self, *, merged: bool = False) -> int:
         from cowfs.changes.names import count_names

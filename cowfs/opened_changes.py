@@ -53,6 +53,9 @@ class Changes(Protocol):
     def about(self) -> list[tuple[str, str]]:
         """Return what this is and what it is compared with, as names and values for people."""
 
+    def paths(self) -> list[str]:
+        """Return the path of the store, then those of the lowers, as far as they have one."""
+
     def count_names(self, *, merged: bool = False) -> int:
         """Return about how many names were changed, or the *merged* tree has; 0 if nobody knows.
 

@@ -21,7 +21,7 @@ from cowfs.errors import StoreError, UsageError
 from cowfs.exports.entries import feed
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, everything
-from cowfs.exports.target import must_be_possible, new_directory
+from cowfs.exports.target import must_be_elsewhere, must_be_possible, new_directory
 from cowfs.exports.upper import Upper
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.beneath import check_name
@@ -155,6 +155,7 @@ def _judge(path: str, old: Lowers, new: Lowers, conflicts: str) -> None:
         _open(store, (before, new), seen, lambda _: None, stack)
         checkpoints.must_have_room_for(len(steps(store.layers, store.upper)), len(store.layers.all()))
     if conflicts:
+        must_be_elsewhere(conflicts, [path])
         must_be_possible(conflicts)
 
 

@@ -78,12 +78,15 @@ def run(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
     from cowfs.api import open_changes
     from cowfs.changes.treemap import Areas
+    from cowfs.exports.target import must_be_elsewhere
 
     lowers = options.lowers_of(args)
     total, areas = _Total(args.top), Areas()
     who: dict[bytes, str] = {}
     trash = None
     with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
+        if picture is not None:
+            must_be_elsewhere(args.treemap, changes.paths())
         if args.programs:
             who = _programs(changes, args.what)
         tally = Tally(progress, "files")

@@ -25,6 +25,8 @@ from cowfs.exports.upper import Upper
 from cowfs.types import Change
 
 FORMATS = ("squashfs", "tar", "gnutar", "oci", "overlayfs", "iso", "patch", "rsync", "restic")
+DIRECTORIES = ("oci", "overlayfs")
+"""The formats whose target is a directory."""
 _STYLES = {
     "squashfs": ("overlayfs", "aufs"),
     "tar": ("oci", "aufs", "overlayfs", "list"),
@@ -149,7 +151,7 @@ def export(
     """
     check(how)
     losses, tick = Losses(), tick or Watch()
-    if how.format in {"oci", "overlayfs"}:
+    if how.format in DIRECTORIES:
         if target == _STANDARD_OUTPUT:
             raise UsageError(f"-: {how.format} is a directory, not standard output", "give its name")
         with new_directory(target, force=how.force) as fd:

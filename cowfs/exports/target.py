@@ -7,13 +7,14 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from cowfs.errors import SystemFailure, UsageError
 from cowfs.layers import beneath
 from cowfs.linux import files
 from cowfs.linux.trust import who_can_redirect
+from cowfs.store.format.sniff import split_subdir
 
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -68,6 +69,42 @@ def new_directory(path: str, *, force: bool) -> Iterator[int]:
             files.syncfs(fd)
             _rename(parent, temporary, name, force=force)
             os.fsync(parent)
+
+
+def must_be_elsewhere(path: str, sources: Sequence[str], *, below: bool = False) -> None:
+    """UsageError if writing *path* would change what is read: one of the *sources*, the store first.
+
+    That is the image of the store or of a lower, and anything inside a store that is a directory; with
+    *below* also anything inside a lower that is a directory.
+    """
+    parent = os.path.dirname(os.path.abspath(path))
+    for number, source in enumerate(sources):
+        name = "a lower of the store" if number else "the store"
+        image = source if number else split_subdir(os.path.abspath(source))[0]
+        if os.path.isfile(image):
+            if is_same(path, image):
+                raise UsageError(f"{path}: is {name} that is read", "give another name")
+        elif os.path.isdir(source) and (below or not number) and _is_inside(parent, source, other=not number):
+            raise UsageError(f"{path}: is inside {name} that is read", "choose a path outside of it")
+
+
+def is_same(one: str, other: str) -> bool:
+    """Whether both paths lead to one file."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _is_inside(path: str, directory: str, *, other: bool) -> bool:
+    """Whether *path* is *directory* or below it; with *other* also on a filesystem that is mounted there."""
+    path = os.path.realpath(path)
+    while not is_same(path, directory):
+        above = os.path.dirname(path)
+        if above == path or (os.path.ismount(path) and not other):
+            return False
+        path = above
+    return True
 
 
 def must_be_possible(path: str) -> None:

@@ -519,3 +519,41 @@ def test_a_directory_that_is_removed_meanwhile_is_named(tmp_path: Path) -> None:
         f"{file}: cannot be written: No such file or directory"
         f" (its directory was removed meanwhile: mkdir -p {tmp_path}/out, and try again)"
     )
+
+
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_what_is_read_is_never_overwritten(tmp_path: Path, kind: str) -> None:
+    store, lower = tmp_path / "store", tmp_path / "lower"
+    (lower / "sub").mkdir(parents=True)
+    if kind == "image":
+        assert cowfs("create", store, "16").returncode == 0
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        (here.path / "new").write_text("new")
+        mountpoint = str(here.path)
+        for what in (mountpoint, str(store)):
+            if what != mountpoint:
+                here.umount()
+            target = str(store if kind == "image" else store / "upper/sub")
+            before = _files(store)
+            commands: list[tuple[str, ...]] = [
+                ("backup", what, target, "--force"),
+                ("export", what, target, "--to", "tar", "--force"),
+                ("report", what, "-O", target, "--force"),
+                ("du", what, "--treemap", target, "--force"),
+            ]
+            for command in commands[: 2 if what == mountpoint else None]:
+                done = cowfs(*command)
+                where = "is the store" if kind == "image" else "is inside the store"
+                assert done.returncode == 1 and f"{target}: {where} that is read (" in done.stderr
+            assert _files(store) == before
+            inside = lower / "sub/whole"  # would contain itself
+            done = cowfs("export", what, inside, "--to", "overlayfs", "--merged")
+            assert done.returncode == 1 and "is inside a lower of the store that is read" in done.stderr
+    done = cowfs("restore", store, store, "--force")
+    assert done.returncode == 1 and _files(store) == before
+
+
+def _files(store: Path) -> set[tuple[str, int]]:
+    """The files of a store, each with its inode number, which another one in its place does not have."""
+    files = [store] if store.is_file() else (each for each in store.rglob("*") if each.is_file())
+    return {(str(each), each.stat().st_ino) for each in files}
