@@ -253,8 +253,8 @@ def apply(
         named, is_store = root, _is_store(root)
         if found is not None and _is_on(os.path.join(root, "new"), found.dev):
             raise UsageError(f"{root}: is in the mount whose changes are meant", "give another directory")
-        for target in (root, backup) if backup else (root,):
-            must_be_elsewhere(target, changes.paths()[:1])
+        for directory in (root, backup) if backup else (root,):
+            must_be_elsewhere(directory, changes.paths()[:1])
         withheld = {} if trust else _withheld(changes, root)
         before, after = changes.tree_before(), changes.tree()
         target = None if is_store else _root(root, stack)

@@ -62,6 +62,7 @@ def making(
     made = min(max(made, 0), _LATEST)
     options = ["--quiet", "--no-skip", "--force", "--exportable", "--compressor", compression]
     command = [program, *options, "--defaults", f"mtime={made}", f"/proc/self/fd/{fd}"]
+    command = programs.dying_with_us(command)  # it would go on for hours with the holes of a large file
     environment = programs.environment() | {"SOURCE_DATE_EPOCH": str(made)}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(

@@ -33,6 +33,15 @@ def find(name: str) -> str | None:
     return shutil.which(name, path=":".join([*places, SAFE_PATH]))
 
 
+def dying_with_us(command: list[str]) -> list[str]:
+    """Return the command with which *command* is killed if the thread that starts it ends (setpriv(1)).
+
+    Without setpriv, *command* itself.
+    """
+    setpriv = find("setpriv")
+    return command if setpriv is None else [setpriv, "--pdeathsig", "KILL", *command]
+
+
 def environment() -> dict[str, str]:
     """Return the environment for a program: for users their own, for root none of the caller's variables.
 

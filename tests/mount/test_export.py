@@ -481,21 +481,35 @@ def test_what_is_refused_is_refused_in_one_line(work: Work, options: list[str], 
     assert set(os.listdir(work.top)) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_is_killed_leaves_nothing(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "style"),
+    [(signal.SIGKILL, "gnutar"), (signal.SIGTERM, "gnutar"), (signal.SIGKILL, "squashfs")],
+)
+def test_what_is_killed_leaves_nothing(tmp_path: Path, number: int, style: str) -> None:
+    if style == "squashfs" and which("tar2sqfs") is None:
+        pytest.skip("needs tar2sqfs (squashfs-tools-ng)")
     (tmp_path / "lower").mkdir()
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
         (here.path / "f").touch()
         os.truncate(here.path / "f", 1 << 36)
     target = tmp_path / "target"
     target.mkdir()
-    command = [*COWFS, "export", str(tmp_path / "store"), "--to", "gnutar", str(target / "x")]
+    command = [*COWFS, "export", str(tmp_path / "store"), "--to", style, str(target / "x")]
     env = {**os.environ, "PYTHONPATH": project_root()}
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
         eventually(lambda: _is_writing(process.pid, target), "nothing is written")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(number)
         process.wait(20)
     assert os.listdir(target) == []
+    eventually(lambda: not any(map(_is_alive, children)), "a program goes on writing")
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether a process is there and not a zombie."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def _is_writing(pid: int, target: Path) -> bool:
@@ -527,6 +541,7 @@ def test_what_is_read_is_never_overwritten(tmp_path: Path, kind: str) -> None:
     (lower / "sub").mkdir(parents=True)
     if kind == "image":
         assert cowfs("create", store, "16").returncode == 0
+    before: set[tuple[str, int]] = set()
     with mounted(lower, tmp_path / "mnt", store) as here:
         (here.path / "new").write_text("new")
         mountpoint = str(here.path)
