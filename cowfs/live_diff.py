@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from cowfs.changes import diff
@@ -21,9 +21,11 @@ _SLICE = 0.02
 
 
 def steps(
-    overlay: Overlay, between: Range, *, directory_times: bool = False
+    overlay: Overlay, between: Range, *, directory_times: bool = False, within: Iterable[bytes] = ()
 ) -> Iterator[Change | MayHang | None]:
-    """Yield every change *between* two trees, and other items of :data:`cowfs.fuse.control.Replies`.
+    """Yield the changes *between* two trees, and other items of :data:`cowfs.fuse.control.Replies`.
+
+    These are all changes, or those :func:`cowfs.changes.diff.diff` lists *within* some paths.
 
     If a lower may wait for other machines or programs, a thread does the work. It calls the other layers in
     the main thread, to which they belong.
@@ -36,13 +38,14 @@ def steps(
         overlay.format,
         overlay.index,
     )
+    how: dict[str, Any] = {"directory_times": directory_times, "within": within}
     below: list[LowerLayer] = list(as_layers(overlay.upper, between.older))
     if not any(layer.waits for layer in overlay.base):
-        yield from _all(overlay, Above(upper, root, index), [*below, *overlay.base], directory_times)
+        yield from _all(overlay, Above(upper, root, index), [*below, *overlay.base], how)
         return
     upper = cast(UpperLayer, _InMainThread(upper))
     lowers = [layer.inner if isinstance(layer, SlowLayer) else _lower(layer) for layer in overlay.base]
-    found = _all(overlay, Above(upper, root, index), [*map(_lower, below), *lowers], directory_times)
+    found = _all(overlay, Above(upper, root, index), [*map(_lower, below), *lowers], how)
     batch: list[Change | None] = [None]
     while batch:
         batch = []
@@ -51,10 +54,9 @@ def steps(
 
 
 def _all(
-    overlay: Overlay, new: Above, lowers: list[LowerLayer], directory_times: bool
+    overlay: Overlay, new: Above, lowers: list[LowerLayer], how: dict[str, Any]
 ) -> Iterator[Change | None]:
-    prefix, times = overlay.options.xattr_prefix, directory_times
-    return diff.steps(new.layer, new.root, lowers, prefix, index=new.links, directory_times=times)
+    return diff.steps(new.layer, new.root, lowers, overlay.options.xattr_prefix, index=new.links, **how)
 
 
 def _work(found: Iterator[Change | None], batch: list[Change | None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,9 @@ class MountedChanges:
     def __iter__(self) -> Iterator[Change]:
         return self._told()
 
+    def within(self, paths: Sequence[bytes]) -> Iterator[Change]:
+        return self._told(within=[base64.b64encode(path).decode() for path in paths])
+
     def exactly(self) -> Iterator[Change]:
         return self._told(directory_times=True)
 
@@ -57,7 +60,7 @@ class MountedChanges:
     def tree_before(self) -> Tree:
         return self._opened()
 
-    def _told(self, **how: bool) -> Iterator[Change]:
+    def _told(self, **how: Any) -> Iterator[Change]:
         from cowfs.changes.render import from_json
 
         since, until = self._since, self._until

@@ -142,10 +142,13 @@ class OfflineChanges:
     def __iter__(self) -> Iterator[Change]:
         return self._diff(directory_times=False)
 
+    def within(self, paths: Sequence[bytes]) -> Iterator[Change]:
+        return self._diff(directory_times=False, within=paths)
+
     def exactly(self) -> Iterator[Change]:
         return self._diff(directory_times=True)
 
-    def _diff(self, *, directory_times: bool) -> Iterator[Change]:
+    def _diff(self, *, directory_times: bool, within: Sequence[bytes] = ()) -> Iterator[Change]:
         from cowfs.changes.composite import above
         from cowfs.changes.diff import diff
 
@@ -157,8 +160,8 @@ class OfflineChanges:
         upper = (store.layer, store.upper) if self._between.has_upper else None
         new = above(upper, self._newer, XattrFormat(store.xattr_prefix), self._index)
         below = [*self._older, *self._lowers]
-        prefix, times = store.xattr_prefix, directory_times
-        return diff(new.layer, new.root, below, prefix, new.links, directory_times=times)
+        how: Any = {"directory_times": directory_times, "within": within}
+        return diff(new.layer, new.root, below, store.xattr_prefix, new.links, **how)
 
     def tree(self) -> Tree:
         return self._trees[1]

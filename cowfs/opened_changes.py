@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +23,12 @@ class Changes(Protocol):
 
     def __iter__(self) -> Iterator[Change]:
         """Yield the changes, sorted by name within each directory; see :mod:`cowfs.changes.diff`."""
+
+    def within(self, paths: Sequence[bytes]) -> Iterator[Change]:
+        """Yield all changes at and below *paths*, and renames away from there; perhaps also others.
+
+        This reads no more of the store than it needs. Without paths, yield all changes.
+        """
 
     def exactly(self) -> Iterator[Change]:
         """Yield the changes, and also directories whose time alone differs."""

@@ -66,7 +66,8 @@ def commands(
         if union.options.volatile:
             yield {"said": said_of(union.options.volatile)}
         times = bool(request.get("directory_times"))
-        for step in steps(union.overlay, wanted, directory_times=times):
+        within = [base64.b64decode(path) for path in request.get("within") or ()]
+        for step in steps(union.overlay, wanted, directory_times=times, within=within):
             yield {"change": to_json(step)} if isinstance(step, Change) else step
 
     answers = {

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from cowfs.changes import checkpoint, revert, undo, vacuum
-from cowfs.changes.select import Selection, pattern
+from cowfs.changes.select import Selection, selected
 from cowfs.changes.steps import Done, Progress, Seen
 from cowfs.errors import StoreError, UsageError
 from cowfs.linux.files import LACK_OF_ROOM
@@ -75,7 +75,7 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
 
 def _selection(asked: dict[str, Any]) -> Selection:
     paths = asked.get("paths")
-    return Selection(() if paths is None else tuple(pattern(base64.b64decode(path)) for path in paths))
+    return Selection() if paths is None else selected(map(base64.b64decode, paths))
 
 
 def is_needed(union: Union, asked: dict[str, Any], tick: Callable[[int, int], None]) -> bool:

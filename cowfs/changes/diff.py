@@ -19,13 +19,14 @@ not changes. :func:`cowfs.changes.compare.compare` defines what is equal.
 from __future__ import annotations
 
 import stat
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cowfs.changes.compare import Inode, compare, differing, set_data
 from cowfs.changes.links import Aliases, find_aliases
 from cowfs.changes.lowers import Lower, LowerView
-from cowfs.changes.paths import join, type_name
+from cowfs.changes.near import Needs, Survey, outermost, ways_to
+from cowfs.changes.paths import is_below, join, type_name
 from cowfs.changes.scan import GONE, readdir, rename_source, renamed, source_of
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.overlay.stack import Stack, is_whiteout, notes_of
@@ -41,16 +42,19 @@ def diff(
     index: Key | None = None,
     *,
     directory_times: bool = False,
+    within: Iterable[bytes] = (),
 ) -> Iterator[Change]:
     """Yield every change, sorted by name within each directory, a directory before its contents.
 
     *lowers* are topmost first. *prefix* is that of the overlay's xattrs (``trusted.overlay.``). *index* is
     the directory of hard links in the upper layer, if there is one. With *directory_times*, a directory is
-    listed even if only its mtime differs. The names of one directory per level, and the renamed paths, are
-    held in memory. The tree may be in use: then each line was true at some moment, and files deleted
-    meanwhile are left out. Blocks as the layers do, and may compare whole files between two changes; OSError.
+    listed even if only its mtime differs. *within* are paths: then all changes at and below these are listed,
+    renames away from there too, and perhaps others. The names of one directory per level, and the renamed
+    paths, are held in memory. The tree may be in use: then each line was true at some moment, and files
+    deleted meanwhile are left out. Blocks as the layers do, and may compare whole files between two changes;
+    OSError.
     """
-    told = steps(upper, upper_root, lowers, prefix, index, directory_times=directory_times)
+    told = steps(upper, upper_root, lowers, prefix, index, directory_times=directory_times, within=within)
     return (step for step in told if step is not None)
 
 
@@ -62,12 +66,13 @@ def steps(
     index: Key | None = None,
     *,
     directory_times: bool = False,
+    within: Iterable[bytes] = (),
 ) -> Iterator[Change | None]:
     """Like :func:`diff`, but also yield None, at least after each inode and each MiB of content.
 
     A caller can do other work at these points.
     """
-    return _Diff(upper, upper_root, lowers, prefix, index, directory_times).run()
+    return _Diff(upper, upper_root, lowers, prefix, index, directory_times, within).run()
 
 
 @dataclass(slots=True)
@@ -98,6 +103,7 @@ class _Diff:
         prefix: bytes,
         index: Key | None,
         directory_times: bool,
+        within: Iterable[bytes],
     ) -> None:
         self._upper = upper
         self._root = upper_root
@@ -107,11 +113,15 @@ class _Diff:
         self._directory_times = directory_times
         self._moved: frozenset[bytes] = frozenset()
         self._aliases = Aliases()
+        self._within = outermost(within)
+        self._ways: dict[bytes, set[bytes]] = {}
 
     def run(self) -> Iterator[Change | None]:
-        self._moved = yield from renamed(self._upper, self._root, self._xattrs)
+        needs = yield from self._narrow()
         if self._index is not None:
-            self._aliases = yield from find_aliases(self._upper, self._root, self._index, self._view)
+            # the lowers have what is in a renamed directory elsewhere
+            within = self._within if needs is Needs.NOTHING_ELSE else ()
+            self._aliases = yield from find_aliases(self._upper, self._root, self._index, self._view, within)
         base = self._view.root()
         if base is not None:
             new = Inode(self._upper, self._root, self._upper.stat(self._root))
@@ -131,14 +141,36 @@ class _Diff:
         for key in self._aliases.keys.values():
             self._upper.forget(key)
 
-    def _contents(self, here: _Directory) -> Iterator[_Step]:
+    def _narrow(self) -> Generator[None, None, Needs]:
+        """Decide what must be read to list the changes within the paths; find the renames if need be."""
+        survey = Survey(self._upper, self._root, self._view)
+        needs = Needs.NOTHING_ELSE if self._within else Needs.EVERYTHING
+        for path in self._within:
+            if needs is Needs.EVERYTHING:
+                break
+            needs = max(needs, (yield from survey.needs(path)))
+        if needs is not Needs.NOTHING_ELSE:
+            self._moved = yield from renamed(self._upper, self._root, self._xattrs)
+        paths = self._within
+        if needs is Needs.EVERYTHING or any(each in paths or is_below(each, paths) for each in self._moved):
+            self._within = frozenset()
+        self._ways = ways_to(self._within)
+        return needs
+
+    def _names(self, here: _Directory) -> set[bytes]:
+        ways = self._ways.get(here.path)
+        if ways is not None:
+            return ways
         names = set() if here.upper is None else {entry.name for entry in readdir(self._upper, here.upper)}
         if here.base is not None:
             if here.merged:
                 names |= self._aliases.inside.get(here.base_path, set())
             else:
                 names |= self._view.names(here.base)
-        for name in sorted(names):
+        return names
+
+    def _contents(self, here: _Directory) -> Iterator[_Step]:
+        for name in sorted(self._names(here)):
             yield None
             try:
                 yield from self._entry(here, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cowfs.changes.lowers import Lower, LowerView
@@ -39,8 +39,10 @@ class Aliases:
             path = directory
 
 
-def find_aliases(upper: UpperLayer, root: Key, index: Key, view: LowerView) -> Generator[None, None, Aliases]:
-    """Return the names of all indexed inodes in the lowers.
+def find_aliases(
+    upper: UpperLayer, root: Key, index: Key, view: LowerView, within: Collection[bytes] = ()
+) -> Generator[None, None, Aliases]:
+    """Return the names of all indexed inodes in the lowers: all names, or those *within* some paths.
 
     If the index is empty, because no file with several names has changed, the lowers are not read. Otherwise
     they are listed until all names are found. Directories that the upper has below *root* come first, because
@@ -53,7 +55,7 @@ def find_aliases(upper: UpperLayer, root: Key, index: Key, view: LowerView) -> G
     if not missing:
         return aliases
     listed = Index(upper, index, wanted, view.format)
-    for found in _linked_files(view, upper, root):
+    for found in _linked_files(view, upper, root, within):
         if found is None:
             yield
             continue
@@ -88,16 +90,22 @@ def _names(view: LowerView, directory: Lower) -> Iterable[bytes]:
 
 
 def _linked_files(
-    view: LowerView, upper: UpperLayer, upper_root: Key
+    view: LowerView, upper: UpperLayer, upper_root: Key, within: Collection[bytes]
 ) -> Iterator[tuple[bytes, Lower] | None]:
     """Yield each name of an inode with several names in the merged lowers; the caller must forget the inode.
 
     Also yield None before each inode.
     """
-    root = view.root()
+    root = None if within else view.root()
     near: list[tuple[bytes, Lower, Key]] = [] if root is None else [(b"", root, upper_root)]
     far: list[tuple[bytes, Lower]] = []
     try:
+        for path in within:
+            found = view.resolve(path)
+            if found is not None and found.is_dir:
+                far.append((path, found))
+            elif found is not None:
+                yield path, found
         while near or far:
             base, directory, beside = near.pop() if near else (*far.pop(), None)
             for name in _names(view, directory):

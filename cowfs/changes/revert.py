@@ -125,7 +125,8 @@ def is_needed(fs: Overlay, selection: Selection, *, metadata: bool = False) -> L
 def _selected(fs: Overlay, selection: Selection) -> Iterator[Change | None]:
     """Yield the selected changes, and None in between, when others may do something. Blocks."""
     prefix, lowers = fs.options.xattr_prefix, fs.stack.in_order()
-    found = diff.steps(fs.upper, fs.root.upper, lowers, prefix, fs.index, directory_times=True)
+    how: dict[str, Any] = {"directory_times": True, "within": selection.places}
+    found = diff.steps(fs.upper, fs.root.upper, lowers, prefix, fs.index, **how)
     for change in selection.among(found):
         if change is not None and change.type == "directory":
             # reverting an entry in it changes its mtime again

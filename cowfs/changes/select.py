@@ -57,6 +57,12 @@ class Selection:
                     "give the path from the root of the tree",
                 )
 
+    @property
+    def places(self) -> tuple[bytes, ...]:
+        """Paths at or below which everything is that is selected; none if it may be anywhere."""
+        places = tuple(map(_place, self.texts))
+        return () if b"" in places or len(places) < len(self.patterns) else places
+
     def of(self, changes: Iterable[Change]) -> Iterator[Change]:
         """Yield the selected *changes*, each with only the selected aspects."""
         return (change for change in self.among(changes) if change is not None)
@@ -119,6 +125,13 @@ def pattern(text: bytes) -> re.Pattern[bytes]:
         glob = fnmatch.translate(path.decode("latin-1"))
         body = b"(?:%s|%s)" % (re.sub(r"\\[Zz]\Z", "", glob).encode("latin-1"), re.escape(path))
     return re.compile(b"(?:%s)(?:/|\\Z)" % body, re.DOTALL)
+
+
+def _place(text: bytes) -> bytes:
+    """Return the path that a pattern matches; of a glob, the directory that contains all that it matches."""
+    path = normal(text)
+    exact = plain(path)
+    return re.split(rb"[*?[]", path)[0].rpartition(b"/")[0] if exact is None else exact
 
 
 def normal(path: bytes) -> bytes:

@@ -111,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
         with open_changes(what, lowers, warn, since=args.since, until=args.until) as changes:
             selection = selection_of(args, paths)
             selection.must_exist(changes, what)
-            wanted = selection.of(changes)
+            wanted = selection.of(changes.within(selection.places))
             with progress_line() as progress:
                 tally = Tally(progress, "changes")
-                tally.expect(changes.count_names)
+                if not selection.places:
+                    tally.expect(changes.count_names)
                 _show(args, changes, _watched(summary.counted(wanted), tally))
         sys.stdout.flush()
         if not (args.json or args.name_only or args.null or args.patch or args.stat):

@@ -133,7 +133,7 @@ def _list(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lower
     with open_changes(what, lowers, warn, since=last_checkpoint(what)) as changes:
         selection = selected(paths, METADATA if args.metadata else ALL)
         selection.must_exist(changes, what)
-        for change in selection.of(changes):
+        for change in selection.of(changes.within(selection.places)):
             if args.metadata and (change.kind not in "MR" or not change.what):
                 continue
             if args.json:

@@ -14,7 +14,7 @@ import json
 import stat
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -137,8 +137,8 @@ class _Table:
 class Changes(Sides, Protocol):
     """The changes to report; see :class:`cowfs.api.Changes`."""
 
-    def __iter__(self) -> Iterator[Change]:
-        """Find the changes."""
+    def within(self, paths: Sequence[bytes]) -> Iterator[Change]:
+        """Find the changes, at least all within *paths*."""
 
     def usage(self) -> Iterator[Used]:
         """Yield how much space each inode uses in the store."""
@@ -158,7 +158,8 @@ def write_report(
     reasons, areas = _used(changes, wanted, tick)
     summary, table = Summary(), _Table()
     with closing(table.rows):
-        with closing(Spool(_listed(table, summary.counted(wanted.of(changes)), tick))) as listed:
+        found = summary.counted(wanted.of(changes.within(wanted.places)))
+        with closing(Spool(_listed(table, found, tick))) as listed:
             table.is_complete()
             reached = _fill(table, listed, changes, tick)
         timeline = Timeline(table.done_by)

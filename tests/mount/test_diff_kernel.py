@@ -25,8 +25,8 @@ OLD = 1_500_000_000_123_456_789
 ALL_ON = "redirect_dir=on,metacopy=on,index=on,xino=on"
 
 
-def changes(store: Path, lowers: Sequence[Path]) -> list[Change]:
-    """Return the changes that `diff` finds in a store."""
+def changes(store: Path, lowers: Sequence[Path], within: Sequence[bytes] = ()) -> list[Change]:
+    """Return the changes that `diff` finds in a store, or at least those within some paths."""
     upper = open_directory(str(store))
     layers = [open_directory(str(lower)) for lower in lowers]
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -35,7 +35,8 @@ def changes(store: Path, lowers: Sequence[Path]) -> list[Change]:
         work = upper.lookup(upper.root, b"work")
         assert root and work
         index = upper.lookup(work[0], b"index")
-        return list(diff(upper, root[0], layers, b"trusted.overlay.", index[0] if index else None))
+        links = index[0] if index else None
+        return list(diff(upper, root[0], layers, b"trusted.overlay.", links, within=within))
     finally:
         upper.close()
         for layer in layers:

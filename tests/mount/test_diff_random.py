@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import stat
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cowfs.changes.select import selected
 from cowfs.linux.files import RENAME_EXCHANGE, renameat2
 from cowfs.types import Change
 from tests.mount.test_diff_kernel import ALL_ON, OLD, age, changes
@@ -232,6 +234,15 @@ def in_order(found: list[Change]) -> bool:
     return keys == sorted(keys)
 
 
+def alone(store: Path, lowers: Sequence[Path], found: list[Change]) -> None:
+    """The changes at a path are the same whether only they are listed, or all that were *found*."""
+    paths = {path for each in found for path in (each.path, each.source or each.path)}
+    for path in sorted(paths | {path.rpartition(b"/")[0] for path in paths}):
+        selection = selected([glob.escape(path)])
+        there = selection.of(changes(store, lowers, selection.places))
+        assert list(there) == list(selection.of(found)), path
+
+
 random_histories = settings(
     max_examples=60,
     deadline=None,
@@ -309,6 +320,7 @@ def test_the_changes_rebuild_the_merged_tree(tmp_path: Path, steps: list[Any]) -
     found = changes(store, [lower])
     Applied(found, before, after).check()
     assert in_order(found)
+    alone(store, [lower], found)
 
 
 @pytest.mark.timeout(600)  # a failure is made small before it is shown: that takes minutes

@@ -335,8 +335,35 @@ class Busy:
         return counted
 
     @property
+    def calls(self) -> int:
+        """How often it was called, if *moment* was -1."""
+        return -1 - self._left
+
+    @property
     def struck(self) -> bool:
         return self._left <= 0
+
+
+def test_of_one_path_nothing_else_is_read(tree: Any, layers: Any) -> None:
+    """Nor if it was added or changed in place; if it is gone, it may have been renamed to anywhere."""
+    upper, lower = tree("upper"), tree("lower")
+    for name in ("etc/fstab", "etc/hosts", "many/old"):
+        lower.file(name)
+    for number in range(500):
+        upper.file(f"many/{number}", "new")
+    upper.file("etc/new/file")
+    upper.whiteout("etc/hosts")
+    top, below = layers(upper, lower)
+    origin = make_origin(below.handle(below.lookup(below.lookup(below.root, b"etc")[0], b"fstab")[0]))
+    upper.file("etc/fstab", "TEXT", origin=origin)
+    for path, line, most in [
+        (b"etc/fstab", "M  etc/fstab  (content)", 50),
+        (b"etc/new/file", "A  etc/new/file", 50),
+        (b"etc/hosts", "D  etc/hosts", 2000),
+    ]:
+        counting: Any = Busy(top, upper.top, -1)
+        assert list(render(diff(counting, top.root, [below], PREFIX, within=[path])))[-1] == line
+        assert 0 < counting.calls < most
 
 
 @pytest.mark.parametrize("victim", ["d", "d/e", "d/e/f", "m", "m/n", "link"])
