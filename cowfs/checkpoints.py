@@ -104,8 +104,8 @@ def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, te
                 must_not_be_apart(store)
                 if asked == "take":
                     must_be_possible(store, name)
-                else:
-                    store.layers.named(name)
+                elif store.layers.is_at(store.upper, store.layers.named(name)) and asked == "go_back":
+                    return
             union = open_offline_union(what, lowers or Lowers(), stack, tell)
             replies = done(steps(union, {"what": asked, "name": name}))
         for _ in replies:

@@ -83,7 +83,7 @@ def must_be_possible(store: Store, name: str) -> None:
 
 
 def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None]) -> Steps:
-    """Restore the tree of a checkpoint. Later changes are lost.
+    """Restore the tree of a checkpoint. Later changes are lost; without any, nothing is done.
 
     *forget* is called, in a thread, with the kernel's stale cache entries. UsageError if there is no such
     checkpoint, MountFailure if a file of the tree is open.
@@ -93,6 +93,8 @@ def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None
     frozen = layers.under(target)
     must_be_one(fs)
     must_not_wait(fs.base)
+    if layers.is_at(store.upper, target):
+        return
     yield from _released(fs)
     yield from stillness(fs, with_pending=True)
     must_not_be_in_use(fs)

@@ -73,3 +73,4 @@ def test_it_changes_no_byte(tmp_path: Path, kind: str) -> None:
     with unchanged(store):
         assert "already exists" in cowfs("checkpoint", store, "one").stderr
         assert NOTHING in cowfs("revert", store, "--all").stderr
+        cowfs("rollback", store, "one", check=True)

@@ -167,6 +167,19 @@ class Layers:
         """Whether an upper is new and the index has not been emptied yet."""
         return self._get(upper, b"fresh") is not None
 
+    def is_at(self, upper: Key, checkpoint: Checkpoint) -> bool:
+        """Whether an upper has nothing that the checkpoint below it does not have."""
+        if self.below(upper) != (checkpoint.number, *checkpoint.below) or self._layer.readdir(upper):
+            return False
+        return self._root_facts(upper) == self._root_facts(checkpoint.key)
+
+    def _root_facts(self, root: Key) -> tuple[object, ...]:
+        """Return everything of a root that prepare() copies."""
+        layer, attr = self._layer, self._layer.stat(root)
+        names = _names_of_root(layer, root, self._prefix)
+        xattrs = {name: layer.getxattr(root, name) for name in names}
+        return attr.st_mode, attr.st_uid, attr.st_gid, attr.st_mtime_ns, xattrs
+
     # --- another upper
 
     def prepare(self, model: Key, below: tuple[int, ...], *, fresh: bool = True) -> Prepared:
@@ -317,13 +330,16 @@ def _chain(number: int | None, under: Callable[[int], int | None]) -> tuple[int,
     return tuple(chain)
 
 
+def _names_of_root(layer: UpperLayer, root: Key, prefix: bytes) -> list[bytes]:
+    """Return the names of a root's attributes, except those that say its place in the chain of layers."""
+    xattrs = XattrFormat(prefix)
+    return [name for name in layer.listxattr(root) if not xattrs.is_own(name) or name == xattrs.protattr]
+
+
 def _copy_root(layer: UpperLayer, source: Key, target: Key, prefix: bytes) -> None:
     """Copy all attributes of a root to an empty directory, except its place in the chain of layers."""
-    xattrs = XattrFormat(prefix)
-    kept = {xattrs.protattr}
-    for name in layer.listxattr(source):
-        if not xattrs.is_own(name) or name in kept:
-            layer.setxattr(target, name, layer.getxattr(source, name))
+    for name in _names_of_root(layer, source, prefix):
+        layer.setxattr(target, name, layer.getxattr(source, name))
     attr = layer.stat(source)
     layer.chown(target, attr.st_uid, attr.st_gid)
     layer.chmod(target, stat.S_IMODE(attr.st_mode))
