@@ -256,7 +256,7 @@ def answer_no_capability() -> None:
 
 
 def serve_inodes(find: Callable[[int], int], engine: tuple[int, ...], atime: int) -> None:
-    """Let C serve GETATTR, SETATTR, READ and WRITE of simple inodes, until :func:`stop_inodes` or
+    """Let C serve GETATTR, SETATTR, READ, WRITE and RELEASE of simple inodes, until :func:`stop_inodes` or
     :func:`prepare`.
 
     *find* returns the number of the inode in the store's image that has all of a node, negated if it may only
