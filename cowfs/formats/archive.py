@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -119,7 +120,8 @@ class Tree:
                 directory.children[part] = child
                 directory.nlink += 1
             if not stat.S_ISDIR(child.mode):
-                raise LayerError(f"{self.name}: {b'/'.join(parts)!r} is not a directory, but has members")
+                name = os.fsdecode(b"/".join(parts))
+                raise LayerError(f"{self.name}: {name!r} is not a directory, but has members")
             directory = child
         return directory
 

@@ -313,7 +313,7 @@ class AufsStore(NamedWhiteouts):
         return key
 
     def _remove_covered(self, directory: Key, name: bytes) -> None:
-        """Remove the tree that a whiteout covers in its own layer: the rest of an interrupted deletion."""
+        """Remove a tree, such as what a whiteout covers in its layer: the rest of an interrupted deletion."""
         waiting: list[tuple[Key, bytes, Key | None]] = [(directory, name, None)]
         while waiting:
             parent, name, emptied = waiting.pop()
@@ -337,7 +337,7 @@ class AufsStore(NamedWhiteouts):
             self.upper.unlink(directory, name, key)
             return
         self._remove_covered(directory, name)
-        self.upper.unlink(directory, PREFIX + name, None)
+        self._remove_covered(directory, PREFIX + name)  # which may be a directory
 
     def rmdir(self, directory: Key, name: bytes, key: Key | None) -> None:
         with self.together():
@@ -407,7 +407,7 @@ class AufsStore(NamedWhiteouts):
         is_new = self.temporaries is not None and source[0] == self.temporaries
         if is_new:  # the name appears when the whiteout is removed, not before
             self.upper.rename(source, target, moved=moved)
-        self.upper.unlink(target[0], PREFIX + target[1], None)
+        self._remove_covered(target[0], PREFIX + target[1])
         if not is_new:
             self.upper.rename(source, target, moved=moved)
         if flags & RENAME_EXCHANGE:
@@ -434,7 +434,7 @@ class AufsStore(NamedWhiteouts):
         if name not in self.format.notes:
             self.upper.removexattr(key, name)
         elif name == self.format.opaque and self.is_opaque(key):
-            self.upper.unlink(key, OPAQUE_NAME, None)
+            self._remove_covered(key, OPAQUE_NAME)
         else:
             raise _error(errno.ENODATA)
 

@@ -240,7 +240,7 @@ class Conversion:
         if is_opaque:
             with self._at_once(key, before):
                 self._layer.setxattr(key, self._format.opaque, OPAQUE)
-                self._layer.unlink(key, OPAQUE_NAME, None)
+                self._remove(key, OPAQUE_NAME)
             self._count("opaque", name)
 
     def _drop(self, directory: Key, name: bytes, covered: bytes | None, before: Attr) -> None:
@@ -251,13 +251,17 @@ class Conversion:
                 self._remove(directory, each)
 
     def _hide(self, directory: Key, name: bytes, before: Attr) -> None:
-        """Replace a whiteout's name by a device. An entry with the hidden name is removed."""
+        """Replace a whiteout's name by a device. An entry with the hidden name is removed.
+
+        The mount takes a directory of such a name for a whiteout too.
+        """
         self._empty(directory, name)
+        self._empty(directory, PREFIX + name)
         with self._at_once(directory, before):
             self._remove(directory, name)
             if not self._link(self._whiteout, directory, name):
                 self._whiteout = self._layer.mknod(directory, name, stat.S_IFCHR, 0, *self._owner)
-            self._layer.unlink(directory, PREFIX + name, None)
+            self._remove(directory, PREFIX + name)
 
     # --- to aufs
 
