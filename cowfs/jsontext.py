@@ -19,6 +19,15 @@ def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def to_local_time(text: str) -> str:
+    """Return a time in ISO 8601 as :func:`local_time` writes it; *text*, which others may have written, if it
+    is none."""
+    try:
+        return local_time(datetime.fromisoformat(text).timestamp())
+    except (ValueError, OverflowError, OSError):
+        return text
+
+
 def whole(value: object, most: int, least: int = 0) -> int:
     """Return a number of JSON that others may have written. ValueError if it is none of this range."""
     if type(value) is not int or not least <= value <= most:

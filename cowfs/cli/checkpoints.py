@@ -42,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """List the checkpoints."""
     from cowfs.api import checkpoints
+    from cowfs.jsontext import to_local_time
 
     found = checkpoints(args.what)
     if args.json:
@@ -52,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
             say_fields("*" if one.current else "", one.taken, one.name, one.on or "")
             continue
         after = f"  (after {one.on})" if one.on is not None else ""
-        say(f"{'*' if one.current else ' '} {one.taken[:19].replace('T', ' ')}  {one.name}{after}")
+        say(f"{'*' if one.current else ' '} {to_local_time(one.taken)}  {one.name}{after}")
     sys.stdout.flush()
     return 0

@@ -13,7 +13,7 @@ from cowfs.cli.output import say, warn
 from cowfs.cli.requests import Requests, requests_in
 from cowfs.client import checked_answer, facts_of, find_mount, resident
 from cowfs.errors import MountFailure, UsageError, printable
-from cowfs.jsontext import local_time
+from cowfs.jsontext import local_time, to_local_time
 from cowfs.url.names import is_url
 
 NAME = "info"
@@ -217,7 +217,8 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         }
     for key in ("state", "problem", "format", "version", "created", "created_by", "uuid"):
         if facts[key] is not None:
-            lines.append((key.replace("_", " "), str(facts[key])))
+            shown = to_local_time(facts[key]) if key == "created" else str(facts[key])
+            lines.append((key.replace("_", " "), shown))
     if facts["volatile"]:
         lines.append(("volatile", f"{', '.join(facts['volatile'])}: what is changed there is not kept"))
     lines += _lower_lines(facts)

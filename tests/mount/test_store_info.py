@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_an_image_has_a_size_for_people_and_bytes_for_programs(tmp_path: Path) -
     assert re.fullmatch(r"[\d.]+ [KM]iB of 32 MiB \(\d+ %\)", shown["used"]), shown["used"]
     assert re.fullmatch(r"\d+ of 8192 are free", shown["inodes"])
     assert facts(tmp_path / "s.bs")["size"] == 32 << 20
+
+
+def test_times_are_local(base: Path) -> None:
+    with mounted(base / "lower", base / "mnt", base / "s"):
+        cowfs("checkpoint", base / "mnt", "one", check=True)
+    zone = {"TZ": "XXX-05:30"}
+    created = datetime.fromisoformat(str(facts(base / "s")["created"])) + timedelta(hours=5.5)
+    shown = cowfs("info", base / "s", env=zone, cold=True, check=True).stdout
+    assert f"created:     {created:%Y-%m-%d %H:%M:%S}\n" in shown
+    told = json.loads(cowfs("checkpoints", base / "s", "--json", check=True).stdout)["checkpoints"]
+    taken = datetime.fromisoformat(told[0]["taken"]) + timedelta(hours=5.5)
+    listed = cowfs("checkpoints", base / "s", env=zone, cold=True, check=True).stdout
+    assert listed == f"* {taken:%Y-%m-%d %H:%M:%S}  one\n"
 
 
 def test_a_lower_is_told_as_path_and_description(tmp_path: Path) -> None:

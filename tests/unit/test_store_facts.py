@@ -360,7 +360,7 @@ def test_a_squashfs_image_is_recognised_by_its_content(tree: Path, tmp_path: Pat
     image = _squash(tree, tmp_path / "one.sqfs")
     found = identify_lower(str(image))
     assert (found.kind, found.path) == ("squashfs", str(image))
-    assert "3 inodes, made 2001-09-09 01:46:40" in found.description
+    assert "3 inodes, made 2001-09-09 01:46:40 UTC" in found.description
     copy = tmp_path / "two.sqfs"
     copy.write_bytes(image.read_bytes() + bytes(4096))
     assert identify_lower(str(copy)).fingerprint == found.fingerprint, "padding and name are no identity"

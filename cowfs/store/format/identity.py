@@ -205,7 +205,7 @@ def _erofs(data: Bytes, path: str, start: int) -> Identity:
     return Identity(
         kind="erofs",
         fingerprint=hashlib.sha256(superblock.raw + head[: superblock.size]).hexdigest(),
-        description=f"EROFS, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}{where}",
+        description=f"EROFS, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S} UTC{where}",
         path=place(path),
         offset=start,
     )
@@ -223,7 +223,7 @@ def _squashfs(data: Bytes, path: str, start: int) -> Identity:
     return Identity(
         kind="squashfs",
         fingerprint=digest.hexdigest(),
-        description=f"squashfs, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}{where}",
+        description=f"squashfs, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S} UTC{where}",
         path=place(path),
         offset=start,
     )
