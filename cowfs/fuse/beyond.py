@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 from pyfuse3 import FUSEError
 
+from cowfs.errors import NoRoom
 from cowfs.fuse import libfuse
 from cowfs.fuse.files import FileHandlers
 from cowfs.fuse.handlers import async_
@@ -250,7 +251,8 @@ def _copy_range(source: File, target: File, source_at: int, at: int, length: int
             break
         try:
             done += target.pwrite(data, at + done)
-        except OSError:
+        except OSError as failure:
+            done += failure.written if isinstance(failure, NoRoom) else 0
             if not done:
                 raise
             break

@@ -88,6 +88,10 @@ def test_a_write_that_does_not_fit_says_how_much_it_wrote(base: Path, kind: str)
                 assert len(written) > 5 and written[-1] < 300_001
                 assert os.fstat(fd).st_size == sum(written)
                 assert os.pread(fd, 1, sum(written) - 1) == bytes([len(written) - 1])
+                os.ftruncate(fd, sum(written) - 200_000)
+                with (here.path / "copy").open("wb") as copy:
+                    copied = os.copy_file_range(fd, copy.fileno(), 400_000, 0)
+                    assert copied == os.fstat(copy.fileno()).st_size < 400_000
             finally:
                 os.close(fd)
 
