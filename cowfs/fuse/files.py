@@ -41,14 +41,6 @@ _UNKNOWN = 0
 """The handle number of files that the kernel opens without us, and never releases."""
 
 
-def _may_be_short(said: Said, handle: Handle) -> bool:
-    """Whether a write that does not fit may say how much of it was written.
-
-    Not if it should be on disk then, or if the kernel writes mapped pages.
-    """
-    return said.uid != _KERNEL and not said.flags & _SYNCHRONOUS and not handle.is_synchronous
-
-
 def _by_uid(ctx: RequestContext) -> Writer:
     return Writer.PRIVILEGED if ctx.uid == 0 else Writer.MEMBER
 
@@ -243,7 +235,9 @@ class FileHandlers(NodeHandlers):
                     await threads.run(sync, threads.syncs, uid)
             return written
         except NoRoom as failure:
-            if not handle.is_frozen and _may_be_short(said, handle):
+            if failure.written and not handle.is_frozen and said.uid != _KERNEL:
+                if handle.is_synchronous or said.flags & _SYNCHRONOUS:
+                    await threads.run(functools.partial(handle.file.fsync, False), threads.syncs, uid)
                 failure.answer = failure.written
             raise
         finally:

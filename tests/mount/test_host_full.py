@@ -71,14 +71,14 @@ def whole(store: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kind", ["image", "directory"])
-def test_a_write_that_does_not_fit_says_how_much_it_wrote(base: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "flags"), [("image", 0), ("image", os.O_DSYNC), ("directory", 0)])
+def test_a_write_that_does_not_fit_says_how_much_it_wrote(base: Path, kind: str, flags: int) -> None:
     with host("ext3", base / "host", 16) as at:
         store = base / "small" if kind == "image" else at / "store"
         if kind == "image":
             cowfs("create", store, "16", check=True)
         with mounted(base / "lower", base / "mnt", store, options=["passthrough=off"]) as here:
-            fd = os.open(here.path / "data", os.O_CREAT | os.O_RDWR)
+            fd = os.open(here.path / "data", os.O_CREAT | os.O_RDWR | flags)
             try:
                 written = [0]
                 with pytest.raises(OSError) as caught:
