@@ -145,6 +145,7 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         "/b\\040c.sqsh  /m  fuse.cowfs  store=/live/b.bs  0 2\n"
         "/none.sqsh  /m  cowfs  ro,nofail  0 2\n"
         "/memory.sqsh  /m  cowfs  store=memory  0 2\n"
+        "/secret.sqsh  /m  cowfs  store=/s.luks,key_file=/a\\040key  0 2\n"
         "/comma.sqsh  /m  cowfs  store=/one,store=/a\\134\\054b\\,c\\\\,ro  0 2\n"
     )
     yield tmp_path, []
@@ -157,6 +158,7 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         (["-n", "/s.bs"], ["check", "-n", "--", "/s.bs"]),
         (["-p", "/a.sqsh"], ["check", "--", "/live/of a.bs"]),
         (["-fy", "/b c.sqsh"], ["check", "--", "/live/b.bs"]),
+        (["/secret.sqsh"], ["check", "--key-file", "/a key", "--", "/s.luks"]),
         (["/comma.sqsh"], ["check", "--", "/a,b,c\\"]),
     ],
 )
