@@ -135,7 +135,8 @@ class DirectoryLayer(Descriptors):
     def getxattr(self, key: PathKey, name: bytes) -> bytes:
         if isinstance(key, CoveredKey):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), name)
-        return self._by_fd(key, beneath.getxattr, name)
+        value = self._by_fd(key, beneath.getxattr, name)
+        return value if name != ACCESS or self._notes is None else self._notes.shown_acl(key, value)
 
     def open(self, key: PathKey, flags: int) -> KernelFile:
         flags |= self._noatime
@@ -426,7 +427,7 @@ class DirectoryLayer(Descriptors):
             self._by_fd(key, beneath.setxattr, name, value, flags)
 
         if self._notes is not None and name == ACCESS:
-            self._notes.set_acl(key, lambda: self._insist(call, key))
+            self._notes.set_acl(key, value, lambda: self._insist(call, key))
         else:
             self._insist(call, key)
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from cowfs.layers import acl
 from cowfs.layers.base import Key
 from cowfs.linux import files
 from cowfs.types import Attr, own_attr
@@ -44,6 +45,7 @@ _LAST_ID = (1 << 32) - 2
 """The one behind it is nobody's: to chown(2) it is -1."""
 _MAJORS, _MINORS = 1 << 12, 1 << 20
 """How many the kernel has (MINORBITS in linux/kdev_t.h)."""
+_PERMISSIONS = 0o777
 _SPECIAL = {stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK}
 """What a regular file can stand for."""
 
@@ -200,22 +202,41 @@ class OwnerNotes:
         now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
         uid = now.st_uid if uid < 0 else uid
         gid = now.st_gid if gid < 0 else gid
+        if (uid, gid) == (now.st_uid, now.st_gid):
+            self._touch(key, real)
+            return
         real = self._try_chown(key, real, uid, gid)
         self._write(key, real, note is not None, Note(uid, gid, now.st_mode, now.st_rdev))
 
-    def set_acl(self, key: Key, call: Callable[[], None]) -> None:
-        """Set an access ACL with *call*, which changes the real mode, and show that mode."""
+    def _touch(self, key: Key, real: Attr) -> None:
+        """Change nothing but the ctime."""
+        if stat.S_ISLNK(real.st_mode):
+            self._layer.plain_chown(key, real.st_uid, real.st_gid)
+        else:
+            self._layer.plain_chmod(key, real.st_mode)
+
+    def shown_acl(self, key: Key, value: bytes) -> bytes:
+        """Return the access ACL to show for a real one: the real mode can be another than the shown one."""
+        note = self._read(key, self._layer.plain_stat(key))
+        if note is None or note.mode is None:
+            return value
+        return acl.build(acl.with_mode(acl.parse(value), note.mode))
+
+    def set_acl(self, key: Key, value: bytes, call: Callable[[], None]) -> None:
+        """Set the access ACL *value* with *call*, which changes the real mode, and show that mode."""
         real = self._layer.plain_stat(key)
         note = self._read(key, real)
         now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
         call()
-        if stat.S_IFMT(now.st_mode) != stat.S_IFMT(real.st_mode):
-            return
         real = self._layer.plain_stat(key)
         mode = real.st_mode
         if needed(mode) & ~mode:
             self._layer.plain_chmod(key, mode | needed(mode))
             real = self._layer.plain_stat(key)
+        if stat.S_IFMT(now.st_mode) != stat.S_IFMT(mode):  # a stand-in
+            entries = acl.parse(value)
+            given = acl.mode_of(entries)[0] if entries else stat.S_IMODE(now.st_mode) & _PERMISSIONS
+            mode = now.st_mode & ~_PERMISSIONS | given
         self._write(key, real, note is not None, Note(now.st_uid, now.st_gid, mode, now.st_rdev))
 
     def give(self, key: Key, parent: Key, real: Attr, uid: int, gid: int, added: int) -> None:

@@ -309,10 +309,10 @@ class OverlayFs:
             raise error(errno.ESTALE, node.name)
         layer, key = below[0]
         attr = self.lowers[layer].stat(key)
+        if len(below) > 1 and not node.is_dir:  # a metacopy
+            return self._with_data_blocks(node, attr)
         if layer >= 0:
             return attr
-        if len(below) > 1 and not node.is_dir:
-            return self._with_data_blocks(node, attr)
         return attr if node.mode ^ attr.st_mode < _TYPE else as_device(attr)
 
     def covers(self, directory: Node | None) -> None:

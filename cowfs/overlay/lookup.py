@@ -148,7 +148,7 @@ def _from_lower(fs: OverlayFs, parent: Node, name: bytes, found: list[Hit]) -> t
             fs.nodes.add(node)
             return node, attr
     node, attr = _enter(fs, parent, name, None, tuple((i, low) for i, low, _ in found), ino, attr)
-    if layer < 0 and len(found) > 1 and not node.is_dir:
+    if len(found) > 1 and not node.is_dir:
         attr = fs.stat(node)  # the layer below says how much data there is
     return node, attr
 

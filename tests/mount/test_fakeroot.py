@@ -491,5 +491,27 @@ def test_a_layer_shows_the_mode_that_an_acl_gives(layer: DirectoryLayer) -> None
         layer.setxattr(key, b"system.posix_acl_access", acl)
         attr = layer.stat(key)
         assert (stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid) == (mode, 7, 8)
+    fifo = layer.mknod(top[0], b"fifo", stat.S_IFIFO | 0o644, 0, 7, 8)
+    full = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", *entry)
+        for entry in (
+            (1, 0, -1 % 2**32),
+            (2, 7, 1234),
+            (4, 5, -1 % 2**32),
+            (0x10, 6, -1 % 2**32),
+            (0x20, 1, -1 % 2**32),
+        )
+    )
+    for key_, kind in ((key, stat.S_IFREG), (fifo, stat.S_IFIFO)):
+        layer.setxattr(key_, b"system.posix_acl_access", full)
+        assert layer.stat(key_).st_mode == kind | 0o061
+        assert layer.getxattr(key_, b"system.posix_acl_access") == full
+        layer.chmod(key_, 0o472)
+        assert layer.stat(key_).st_mode == kind | 0o472
+        shown = [
+            entry[:2]
+            for entry in struct.iter_unpack("<HHI", layer.getxattr(key_, b"system.posix_acl_access")[4:])
+        ]
+        assert shown == [(1, 4), (2, 7), (4, 5), (0x10, 7), (0x20, 2)]
     with closing(layer.open(key, os.O_RDWR)) as file:
         assert file.pwrite(b"x", 0) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import partial
 from typing import Any
 
 from tests.parity.quick import errno_of, quick
@@ -220,10 +221,14 @@ def times_of_files(s: Script) -> Steps:
 
 @quick()
 def times_of_change(s: Script) -> None:
-    def after(act: Any) -> bool:
-        before = os.lstat(s.at("f")).st_ctime_ns
+    def after(act: Any, path: str = "f") -> bool:
+        before = os.lstat(s.at(path)).st_ctime_ns
         act()
-        return os.lstat(s.at("f")).st_ctime_ns > before
+        return os.lstat(s.at(path)).st_ctime_ns > before
+
+    def chown_as_it_is(path: str) -> None:
+        st = os.lstat(s.at(path))
+        os.chown(s.at(path), st.st_uid, st.st_gid, follow_symlinks=False)
 
     s.append("f", b"up")
     import time
@@ -240,6 +245,9 @@ def times_of_change(s: Script) -> None:
     ):
         time.sleep(0.008)  # the kernel's coarse clock
         s.step(said, lambda act=act: after(act))  # type: ignore[misc]
+    for path in ("f", "d", "l", "p", "dressed"):
+        time.sleep(0.008)
+        s.step(f"chown {path} as it is", partial(after, partial(chown_as_it_is, path), path))
 
 
 # --- permissions

@@ -160,6 +160,7 @@ def layers_redirect_from_the_root(s: Script) -> Steps:
 )
 def layers_metacopy(s: Script) -> Steps:
     s.stat("m")
+    s.step("whether it takes space", lambda: os.lstat(s.at("m")).st_blocks > 0)
     s.read("m")
     s.append("m", b"more")
     yield

@@ -173,6 +173,20 @@ def acl_that_is_a_mode(s: Script) -> None:
 
 
 @quick()
+def acl_of_an_owner_who_may_do_nothing(s: Script) -> None:
+    s.create("new", mode=0o640)
+    for path in ("new", "d"):
+        s.setxattr(path, ACCESS, full(6, 6, 5, 7, 0))
+        s.chmod(path, 0o027)
+        s.stat(path)
+        s.getxattr(path, ACCESS)
+        s.setxattr(path, ACCESS, full(0, 6, 5, 7, 0))
+        s.stat(path)
+        s.getxattr(path, ACCESS)
+        s.chmod(path, 0o750)  # a user's store must itself be able to read it
+
+
+@quick()
 def acl_that_is_wrong(s: Script) -> None:
     for value in (b"", b"\2\0\0\0"):
         for name in (ACCESS, DEFAULT):
