@@ -27,7 +27,7 @@ keys:
   ?, q     help; quit
 
 In a store with checkpoints it shows the changes since the last one, because only these can be reverted.
-It needs the Python package textual: pip install 'cowfs[browse]'.
+It needs the Python package textual; without it, the error says how to install it.
 
 examples:
   cowfs browse /mnt             of a mount, even while it is in use
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Browse until the user quits."""
     from cowfs.cli.diff import paths_of
     from cowfs.cli.revert import last_checkpoint
+    from cowfs.linux.programs import how_to_add
 
     if not all(os.isatty(fd) for fd in (0, 1, 2)) or os.environ.get("TERM", "dumb") == "dumb":
         raise UsageError(
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         del os.environ[name]  # they name modules to load and files to write
     if importlib.util.find_spec("textual") is None:
         raise SystemFailure(
-            "browse needs the Python package textual, which is not installed", "pip install 'cowfs[browse]'"
+            "browse needs the Python package textual, which is not installed", how_to_add("textual")
         )
     from cowfs.browse.app import browse
 

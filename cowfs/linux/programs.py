@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
+import sys
 from contextlib import suppress
 
 SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -15,6 +17,11 @@ _OURS = frozenset(
     | {"NOTIFY_SOCKET", "XDG_RUNTIME_DIR", "COVERAGE_PROCESS_CONFIG", "SOURCE_DATE_EPOCH"}
 )
 """Variables that cowfs reads, and those that measure the coverage of the tests in forked processes."""
+
+
+def how_to_add(packages: str) -> str:
+    """Return the command that installs Python packages beside cowfs, which may have a Python of its own."""
+    return f"pip --python {shlex.quote(sys.executable)} install {packages}"
 
 
 _ENV_START, _ENV_END = 50, 51

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cowfs.linux.programs import how_to_add
 from cowfs.url.http import changed
 from cowfs.url.protocol import Refused, Unreachable, Version
 
@@ -23,9 +24,7 @@ class FsspecFile:
         try:
             from fsspec.core import url_to_fs
         except ImportError:
-            raise Refused(
-                f"{scheme}:// needs the Python package fsspec", "pip install 'cowfs[url]'"
-            ) from None
+            raise Refused(f"{scheme}:// needs the Python package fsspec", how_to_add("fsspec")) from None
         try:
             self._fs, self._path = url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:

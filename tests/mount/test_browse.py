@@ -206,4 +206,4 @@ def test_without_a_terminal_or_textual(tmp_path: Path) -> None:
     program = "import sys; sys.modules['textual'] = None; from cowfs.cli.main import main; sys.exit(main())"
     with terminal("browse", tmp_path, command=[sys.executable, "-c", program]) as screen:
         assert screen.ended() == 2
-        screen.says("textual, which is not installed (pip install 'cowfs[browse]')")
+        screen.says(f"textual, which is not installed (pip --python {sys.executable} install textual)")
