@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from cowfs.errors import MountFailure
 from cowfs.linux.files import is_image
 from cowfs.linux.mount_table import mount_of, where_is
+from cowfs.linux.trust import who_can_redirect
+from cowfs.linux.user_namespace import has_all
 from cowfs.union import UnionOptions
 
 
@@ -28,6 +30,7 @@ def check_mountpoint(mountpoint: str) -> str:
         raise MountFailure(f"{mountpoint}: no such directory", "create it first")
     if not os.path.isdir(mountpoint):
         raise MountFailure(f"{mountpoint}: not a directory", "create a directory to mount on")
+    _refuse_redirection(mountpoint)
     target = os.path.realpath(mountpoint)
     here = mount_of(target)
     if here is not None and here.fstype == "fuse.cowfs":
@@ -35,6 +38,18 @@ def check_mountpoint(mountpoint: str) -> str:
             f"{mountpoint}: a cowfs is already mounted here", f"unmount it first: cowfs umount {mountpoint}"
         )
     return target
+
+
+def _refuse_redirection(mountpoint: str) -> None:
+    """MountFailure if another user's symbolic link could lead root's mount to any directory."""
+    if os.geteuid() != 0 or not has_all("uid"):
+        return
+    try:
+        reason = who_can_redirect(mountpoint)
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise MountFailure(f"{mountpoint}: {reason}", "give the path of the directory itself")
 
 
 def check_places(mountpoint: str, options: UnionOptions) -> None:

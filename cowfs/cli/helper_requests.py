@@ -62,7 +62,7 @@ class HelperRequests:
         here = mount_table.mount_of(self._mountpoint)
         if here is None or here.dev != self._dev:
             return {"was": False}
-        mounts.umount2(self._mountpoint, mounts.MNT_DETACH)
+        mounts.unmount(self._mountpoint, mounts.MNT_DETACH)
         return {"was": True}
 
     def answers(self, request: Request, fds: list[int]) -> Reply:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cowfs.cli.options import split
 from cowfs.client import ask, facts_of, the_mount
 from cowfs.errors import MountFailure
-from cowfs.linux import fuse
+from cowfs.linux import fuse, mounts
 
 _MAY_BE_SET = frozenset({"nosuid", "nodev", "noexec"})
 """What the kernel alone does: the daemon need not know of it. mount(8) does not pass on the opposites."""
@@ -47,7 +47,8 @@ def remount(mountpoint: str, given: list[str]) -> int:
     if asked and not is_read_only:
         _must_be_writable(mountpoint, mount.dev)
     try:
-        fuse.remount(mountpoint, options, read_only=is_read_only)
+        with mounts.reached(mount.mountpoint) as place:
+            fuse.remount(place, options, read_only=is_read_only)
     except OSError as failure:
         hint = {
             errno.EBUSY: "a file is open for writing: fuser -vm shows by which process",

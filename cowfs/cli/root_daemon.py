@@ -262,9 +262,9 @@ def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, l
         signal.signal(number, signal.SIG_IGN)
     union = open_union(options, lambda said: print(printable(said), file=sys.stderr))
     try:
-        request = MountRequest(
-            args.mountpoint, args.image, frozenset({"allow_other", "suid", "dev"}), stay_on_sigterm=True
-        )
+        mountpoint = os.path.realpath(args.mountpoint)
+        allowed = frozenset({"allow_other", "suid", "dev"})
+        request = MountRequest(mountpoint, args.image, allowed, stay_on_sigterm=True)
         rings = rings_for("auto", lambda said: print(printable(f"WARNING: {said}"), file=sys.stderr))
         daemon = Daemon(union.overlay, request, rings)
         log.explain_when_asked(describe_tasks)

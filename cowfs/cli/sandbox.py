@@ -178,7 +178,8 @@ class Sandbox:
     def _mount(self, at: str, fstype: str, options: str, *, readonly: bool = False) -> None:
         flags = _TMPFS | (mounts.MS_RDONLY if readonly else 0)
         try:
-            mounts.mount("cowfs", os.path.join(self.path, at), fstype, flags, options)
+            with mounts.reached(os.path.join(self.path, at)) as place:
+                mounts.mount("cowfs", place, fstype, flags, options)
             self._mounted.append(os.path.join(self.path, at))
         except OSError as error:
             shown = os.path.normpath(f"/{at}")

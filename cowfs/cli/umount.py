@@ -15,9 +15,8 @@ from cowfs.cli.output import warn
 from cowfs.cli.unmount_request import UnmountRequest
 from cowfs.client import Silent, facts_of, owner_of, the_mount
 from cowfs.errors import CowfsError, MountFailure, SystemFailure, UsageError
-from cowfs.linux import programs
+from cowfs.linux import mounts, programs
 from cowfs.linux.mount_table import MountInfo, mountinfo
-from cowfs.linux.mounts import umount2
 from cowfs.linux.namespaces import mounted_elsewhere
 from cowfs.linux.pids import wait_pid_gone
 
@@ -162,8 +161,8 @@ def _where(found: MountInfo) -> str:
     from cowfs.changes.render import escape
 
     places = [escape(mount.mountpoint) for mount in _mounts(found)]
-    for pid, mounts in mounted_elsewhere():
-        there = [mount for mount in mounts if _is_same(mount, found)]
+    for pid, theirs in mounted_elsewhere():
+        there = [mount for mount in theirs if _is_same(mount, found)]
         with suppress(OSError):  # it has ended
             who = f"in the mount namespace of pid {pid} ({escape(_name(pid))})" if there else ""
             places += [f"{escape(mount.mountpoint)} {who}" for mount in there]
@@ -209,7 +208,7 @@ def _is_dead(mountpoint: str) -> bool:
 def _unmount(mountpoint: str, *, lazy: bool) -> None:
     if os.geteuid() == 0:
         try:
-            umount2(mountpoint, MNT_DETACH if lazy else 0)
+            mounts.unmount(mountpoint, MNT_DETACH if lazy else 0)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise _busy(mountpoint) from None

@@ -12,6 +12,7 @@ The manifest has lines of JSON, one for the whole, then one for each path. Paths
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import json
 import os
@@ -147,6 +148,7 @@ class Stage:
         """Create it in the directory *place*, which is created if missing. SystemFailure."""
         try:
             os.makedirs(place, mode=0o700, exist_ok=True)
+            _must_be_private(place)
             self.path = tempfile.mkdtemp(prefix="commit-", dir=place)
             self._lock = _locked(self.path)
             os.mkdir(os.path.join(self.path, _FILES))
@@ -407,6 +409,7 @@ def resume(
     programs have changed meanwhile. Commits that are not final are removed. Blocks.
     """
     with suppress(OSError):
+        _must_be_private(place)  # others could have left commits there that nobody has asked for
         for name in sorted(os.listdir(place)):
             path = os.path.join(place, name)
             try:
@@ -421,6 +424,13 @@ def resume(
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _must_be_private(place: str) -> None:
+    """PermissionError if another user owns the directory of the commits, or may write to it."""
+    info = os.stat(place)
+    if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EPERM, "others can write there", place)
 
 
 def _fsid(path: str) -> int | None:

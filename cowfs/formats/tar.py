@@ -28,6 +28,7 @@ _ACLS = {"SCHILY.acl.access": b"system.posix_acl_access", "SCHILY.acl.default": 
 _AHEAD = 64 << 10
 _TIME = re.compile(r"(-?)([0-9]{1,10})(?:\.([0-9]+))?")
 _MOST_SECONDS = 9_000_000_000
+_MAJOR, _MINOR = (1 << 12) - 1, (1 << 20) - 1  # linux/kdev_t.h
 _LONGEST_XATTR_NAME, _LONGEST_XATTR = 255, 64 << 10  # linux/limits.h: XATTR_NAME_MAX, XATTR_SIZE_MAX
 
 
@@ -89,10 +90,14 @@ class Archive(Tree):
             inode.size = len(inode.target)
             if not 0 < inode.size < 4096:
                 raise LayerError(f"{self.name}: {member.name!r} is a symbolic link of {inode.size} bytes")
+            if b"\0" in inode.target:
+                raise LayerError(f"{self.name}: {member.name!r} is a symbolic link with a NUL in its target")
         elif member.isfifo():
             inode.mode = stat.S_IFIFO
         elif member.isdev():
             inode.mode = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+            if not (0 <= member.devmajor <= _MAJOR and 0 <= member.devminor <= _MINOR):
+                raise LayerError(f"{self.name}: {member.name!r} is a device that cannot be")
             inode.rdev = os.makedev(member.devmajor, member.devminor)
         else:
             inode.mode, inode.size = stat.S_IFREG, member.size

@@ -32,7 +32,7 @@ from cowfs.fuse.rings import Rings, why_not
 from cowfs.linux import fuse, helper_process, programs
 from cowfs.linux.files import syncfs
 from cowfs.linux.mount_table import mount_of
-from cowfs.linux.mounts import drop_unused, umount2
+from cowfs.linux.mounts import drop_unused, unmount
 from cowfs.linux.signals import hold_back, open_signals, take
 from cowfs.linux.sockets import connect_manager, open_control_directory, sd_notify
 from cowfs.overlay.overlay import Overlay
@@ -250,7 +250,7 @@ class Daemon:
             log.warning("the connection to the kernel was aborted: %s is detached", self._request.mountpoint)
         if os.geteuid() == 0:
             with suppress(OSError):
-                umount2(self._request.mountpoint, _MNT_DETACH)
+                unmount(self._request.mountpoint, _MNT_DETACH)
         else:
             program = programs.find("fusermount3") or "/usr/bin/fusermount3"
             command = [program, "-u", "-z", "--", self._request.mountpoint]

@@ -362,6 +362,8 @@ def make_directory(dir_fd: int, name: bytes, mode: int) -> None:
 
 
 def make_symlink(dir_fd: int, name: bytes, target: bytes) -> None:
+    if b"\0" in target:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), name)
     os.symlink(target, name, dir_fd=dir_fd)
 
 

@@ -41,15 +41,17 @@ def open_connection() -> int:
 def mount_connection(fd: int, mountpoint: str, source: str, given: Collection[str]) -> None:
     """Mount *fd* at a directory, with options as mount(8) spells them.
 
-    Accesses to it wait until a process serves *fd*. Raises what stat(2) and mount(2) raise.
+    Accesses to it wait until a process serves *fd*. Raises what stat(2) and mount(2) raise; ELOOP if a
+    symbolic link is on the way to *mountpoint*, as when another user has replaced a directory.
     """
     options = set(given)
     flags = sum(bit for name, bit in _FLAGS.items() if name in options)
     flags |= sum(bit for name, bit in _NEGATED.items() if name not in options or f"no{name}" in options)
-    mode = stat.S_IFMT(os.stat(mountpoint).st_mode)
-    words = [f"fd={fd}", f"rootmode={mode:o}", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
-    words += sorted(options & _FOR_FUSE)
-    mounts.mount(source, mountpoint, "fuse.cowfs", flags, ",".join(words))
+    with mounts.reached(mountpoint) as place:
+        mode = stat.S_IFMT(os.stat(place).st_mode)
+        words = [f"fd={fd}", f"rootmode={mode:o}", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
+        words += sorted(options & _FOR_FUSE)
+        mounts.mount(source, place, "fuse.cowfs", flags, ",".join(words))
 
 
 def remount(mountpoint: str, options: Collection[str], *, read_only: bool) -> None:

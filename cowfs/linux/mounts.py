@@ -10,14 +10,15 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cowfs.types import Atime
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # include/uapi/linux/mount.h
 MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8  # include/linux/fs.h
 
 # include/uapi/linux/mount.h
 _MS_RDONLY, MS_REMOUNT, _MS_NOATIME = 1, 0x20, 0x400
@@ -26,7 +27,7 @@ _MS_RDONLY, MS_REMOUNT, _MS_NOATIME = 1, 0x20, 0x400
 _SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_MOUNT_SETATTR = 428, 430, 431, 432, 442
 _SYS_FSPICK = 433
 _SYS_MOVE_MOUNT = 429
-_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_SYMLINKS = 4, 0x10
 _AT_FDCWD = -100
 _SYS_PIVOT_ROOT = {"x86_64": 155, "i686": 217, "armv7l": 218, "ppc64le": 203, "s390x": 217}
 _SYS_PIVOT_ROOT_ELSEWHERE = 41  # include/uapi/asm-generic/unistd.h
@@ -181,15 +182,51 @@ def mount(source: str, path: str | bytes, fstype: str, flags: int, options: str)
         raise OSError(code, os.strerror(code), path)
 
 
+@contextmanager
+def reached(path: str | bytes) -> Iterator[str]:
+    """Yield a path in /proc that leads to what is at *path* now, whoever renames directories meanwhile.
+
+    Asks no filesystem at *path*, which may hang. OSError: ELOOP if a symbolic link is there, or on the way.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        there = os.readlink(b"/proc/self/fd/%d" % fd)
+        if there != os.path.abspath(os.fsencode(path)) or _is_link(fd):
+            raise OSError(errno.ELOOP, "its path leads elsewhere now", path)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def _is_link(fd: int) -> bool:
+    try:
+        os.readlink(b"", dir_fd=fd)
+    except OSError:
+        return False
+    return True
+
+
 def bind(source: str | int, path: str, *, readonly: bool = False) -> None:
-    """Bind *source*, a path or descriptor, with all its current mounts to *path*. OSError."""
+    """Bind *source*, a path or descriptor, with all its current mounts to *path*. OSError.
+
+    Follows no symbolic link at *path*, or on the way; see :func:`reached`.
+    """
     if isinstance(source, int):
         source = f"/proc/self/fd/{source}"
-    mount(source, path, "", _MS_BIND | _MS_REC, "")
-    mount("", path, "", _MS_REC | _MS_PRIVATE, "")
-    if readonly:
-        how = _MOUNT_ATTR.pack(_MOUNT_ATTR_RDONLY, 0, 0, 0)
-        _syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), _AT_RECURSIVE, how, _MOUNT_ATTR.size)
+    how = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_RECURSIVE
+    clone = _syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(source), how)
+    try:
+        attributes = _MOUNT_ATTR.pack(_MOUNT_ATTR_RDONLY if readonly else 0, 0, _MS_PRIVATE, 0)
+        try:
+            empty = _AT_EMPTY_PATH | _AT_RECURSIVE
+            _syscall(_SYS_MOUNT_SETATTR, clone, b"", empty, attributes, _MOUNT_ATTR.size)
+        except OSError:  # ENOSYS before Linux 5.12
+            if readonly:
+                raise
+        with reached(path) as place:
+            _attach(clone, place, _MOVE_MOUNT_T_SYMLINKS)
+    finally:
+        os.close(clone)
 
 
 def change_root(root: str) -> None:
@@ -210,6 +247,19 @@ def umount2(path: str | bytes, flags: int = 0) -> None:
     if _libc.umount2(os.fsencode(path), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
+
+
+def unmount(mountpoint: str | bytes, flags: int = 0) -> None:
+    """Unmount what is at *mountpoint*, as :func:`umount2` does, but through no symbolic link. OSError.
+
+    Nobody can rename a mountpoint, but others may be able to rename the directories above it.
+    """
+    above, name = os.path.split(os.fsencode(mountpoint))
+    if not name:
+        umount2(mountpoint, flags)
+        return
+    with reached(above) as place:
+        umount2(os.path.join(os.fsencode(place), name), flags | _UMOUNT_NOFOLLOW)
 
 
 def leave(mountpoint: str) -> None:
@@ -308,9 +358,9 @@ def exchange_root(root: int, bound: Iterable[tuple[int, str]]) -> None:
     os.chdir("/")
 
 
-def _attach(mount: int, place: str) -> None:
+def _attach(mount: int, place: str, flags: int = 0) -> None:
     target = os.fsencode(place)
-    _syscall(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
+    _syscall(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH | flags)
 
 
 def remount(path: str | bytes, *, readonly: bool) -> None:

@@ -183,6 +183,8 @@ def test_link(upper: UpperLayer) -> None:
     symlink = upper.symlink(upper.root, b"s", b"nowhere", *me())
     upper.link(symlink, upper.root, b"s2")
     assert upper.readlink(find(upper, b"s2")) == b"nowhere"
+    with fails(errno.EINVAL):
+        upper.symlink(upper.root, b"s3", b"no\0where", *me())
 
 
 def test_unlink(upper: UpperLayer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cowfs.commits import Changed, Commit
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, SystemFailure
 from cowfs.exports import commit as commits
 from cowfs.exports.apply_root import Root
 from cowfs.layers.beneath import now
@@ -83,3 +83,29 @@ def test_another_directory_in_its_place_gets_nothing(
         os.unlink(os.path.join(stage.path, "manifest"))
         for _ in commits.resume(os.path.dirname(stage.path), commit.losses, lambda *_: None):
             pass
+
+
+@pytest.mark.parametrize("how", ["a stranger's", "open to all"])
+def test_a_commit_that_a_stranger_has_left(
+    lower: Path, nobody_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """XDG_STATE_HOME, which su(1) keeps, names a directory of another user's."""
+    place = nobody_path / "commits"
+    monkeypatch.setattr("cowfs.commits.place", lambda: str(place))
+    commit = Commit()
+    with mounted(lower, tmp_path / "mnt") as here:
+        (here.path / "program").write_bytes(b"evil")
+        assert commit.prepare([Changed(str(here.path), str(lower))], since=now(), force=True, tell=print)
+    assert commit._stage is not None
+    commit._stage.close()  # as if it was interrupted
+    if how == "a stranger's":
+        os.chown(place, NOBODY, NOBODY)
+    else:
+        place.chmod(0o777)
+    assert [*commits.resume(str(place), commit.losses, lambda *_: None)] == []
+    assert (lower / "program").read_bytes() == b"good"
+    with pytest.raises(SystemFailure, match="others can write there"):
+        commits.Stage(str(place))
+    os.chown(place, 0, 0)
+    place.chmod(0o700)
+    assert [why for _, _, why in commits.resume(str(place), commit.losses, lambda *_: None)] == [""]

@@ -13,6 +13,7 @@ import pytest
 
 from cowfs.linux.trust import who_can_change, who_can_redirect
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mounted
+from tests.support.squashfs import mksquashfs, needs_mksquashfs
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import differences, snapshot
 
@@ -351,3 +352,44 @@ def test_a_store_that_others_may_write_is_not_converted(
     done = cowfs("convert", given, "--to", "aufs")
     assert done.returncode == 32 and "other user" in done.stderr, done
     assert differences(before, snapshot(store)) == []
+
+
+_SWAP = """
+import ctypes, os, sys
+place, swapped, target = sys.argv[1:]
+libc = ctypes.CDLL(None)
+watch = libc.inotify_init()
+assert libc.inotify_add_watch(watch, os.fsencode(f"{place}/image"), 0x20) > 0  # IN_OPEN
+print("ready", flush=True)
+os.read(watch, 4096)
+try:
+    os.rename(f"{place}/{swapped}", f"{place}/aside")
+    os.symlink(target, f"{place}/{swapped}")
+except OSError:
+    pass  # it is mounted already
+"""
+
+
+@pytest.mark.parametrize("swapped", ["above/mnt", "above"])
+@needs_mksquashfs
+def test_a_mountpoint_that_is_swapped(lower: Path, roots: Path, nobody_path: Path, swapped: str) -> None:
+    """A user watches root open the image, and then leads the mount to a directory of root's."""
+    (roots / "target/mnt").mkdir(parents=True)
+    (nobody_path / "above/mnt").mkdir(parents=True)
+    target = roots / "target" / ("mnt" if swapped == "above/mnt" else "")
+    mksquashfs(nobody_path / "image", lower)
+    for path in (nobody_path / "image", nobody_path / "above", nobody_path / "above/mnt"):
+        os.chown(path, NOBODY, NOBODY)
+    script: list[str | Path] = [sys.executable, "-c", _SWAP, nobody_path, swapped, target]
+    with subprocess.Popen([*as_nobody_prefix(), *script], stdout=subprocess.PIPE) as swapping:
+        assert swapping.stdout is not None and swapping.stdout.readline()
+        done = cowfs("mount", nobody_path / "image", nobody_path / "above/mnt")
+        swapping.wait()
+    is_led_elsewhere = is_mounted(roots / "target/mnt")
+    if is_led_elsewhere:
+        run("umount", "-l", roots / "target/mnt")
+    assert not is_led_elsewhere
+    if done.returncode == 0:  # the user was too late
+        cowfs("umount", nobody_path / "above/mnt", check=True)
+    else:
+        assert done.returncode == 32 and done.stderr.count("\n") <= 2, done.stderr

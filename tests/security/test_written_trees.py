@@ -107,6 +107,7 @@ def test_another_users_link_leads_nowhere(made: Path, nobody_path: Path) -> None
         ["report", made / "store.bs", "-o", link / "new"],
         ["backup", made / "store.bs", link / "new"],
         ["create", link / "new", "16"],
+        ["mount", made / "lower", link],
     )
     for arguments in commands:
         done = cowfs(*arguments)

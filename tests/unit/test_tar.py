@@ -105,6 +105,11 @@ def test_odd_archives_are_read_as_tar_unpacks_them(tmp_path: Path) -> None:
         (lambda add: [add("f", b"x"), add("f/g", b"y")], "is not a directory, but has members"),
         (lambda add: add("s", type=tarfile.SYMTYPE, linkname="x" * 5000), "a symbolic link of 5000 bytes"),
         (
+            lambda add: add("s", type=tarfile.SYMTYPE, pax_headers={"linkpath": "a\0b"}),
+            "a symbolic link with a NUL in its target",
+        ),
+        (lambda add: add("d", type=tarfile.BLKTYPE, devmajor=4096), "a device that cannot be"),
+        (
             lambda add: add("x", pax_headers={"GNU.sparse.realsize": f"{1 << 65}", "GNU.sparse.map": "0,1"}),
             r"has [0-9]{20} bytes",
         ),

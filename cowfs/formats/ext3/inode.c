@@ -273,6 +273,8 @@ static void make_symlink(x3_image *img, struct inode *in, const char *target, ui
 		fail(img, EINVAL, "an empty target");
 	if (len >= min(img->bs, PATH_MAX))
 		fail(img, ENAMETOOLONG, "too long a target");
+	if (memchr(target, 0, len))
+		fail(img, EINVAL, "a NUL in a target");
 	if (len < sizeof in->raw->i_block)
 		memcpy(in->raw->i_block, target, len);
 	else
