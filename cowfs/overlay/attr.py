@@ -68,8 +68,8 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
         if stat.S_ISLNK(node.mode):
             raise error(errno.EOPNOTSUPP, node.name)
         fs.upper.chmod(key, stat.S_IMODE(new.mode))
-    elif new.uid is not None or new.gid is not None:  # chown(2) clears them for every caller
-        drop_set_id(fs, node, Writer.STRANGER if new.writer is Writer.STRANGER else Writer.MEMBER)
+    elif new.uid is not None or new.gid is not None:
+        _take_set_id(fs, node, new.writer)
     if new.atime_ns is not None or new.mtime_ns is not None:
         atime_ns, mtime_ns = new.atime_ns, new.mtime_ns
         if atime_ns is None or mtime_ns is None:
@@ -80,6 +80,18 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
     attr = fs.stat(node)
     node.mode = attr.st_mode
     return attr
+
+
+def _take_set_id(fs: OverlayFs, node: Node, writer: Writer) -> None:
+    """Clear set-ID bits after a chown, which clears them for every caller.
+
+    A file that has no name yet keeps them. A kernel's overlayfs above copies files up so: it sets the mode,
+    and then the owner (ovl_set_attr()). The kernel sends the same request for that as for chown(2).
+    """
+    if node not in fs.unnamed:
+        drop_set_id(fs, node, Writer.STRANGER if writer is Writer.STRANGER else Writer.MEMBER)
+    elif node.mode & SET_ID:
+        fs.upper.chmod(node.upper, stat.S_IMODE(node.mode))
 
 
 def must_be_allowed(fs: OverlayFs, node: Node, new: NewAttributes) -> None:

@@ -21,6 +21,9 @@ needs_it = pytest.mark.skipif(shutil.which("fuse-overlayfs") is None, reason="ne
 pytestmark = [needs_fuse, needs_root]
 
 
+SET_ID = {"both": 0o6755, "user": 0o4711, "group": 0o2755}
+
+
 @pytest.fixture(params=["s.bs", "store"])
 def mount(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mounted]:
     (tmp_path / "lower").mkdir()
@@ -28,6 +31,10 @@ def mount(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mounted]:
     (tmp_path / "below" / "dir" / "sub").mkdir(parents=True)
     for name in ("one", "dir/two", "dir/three", "dir/sub/four"):
         (tmp_path / "below" / name).write_text(f"{name}\n")
+    for name, mode in SET_ID.items():
+        (tmp_path / "below" / name).write_text("")
+        os.chown(tmp_path / "below" / name, 7, 8)
+        (tmp_path / "below" / name).chmod(mode)
     store = tmp_path / request.param
     if store.suffix:
         cowfs("create", store, "32", check=True)
@@ -69,9 +76,15 @@ def test_an_overlay_has_its_upper_here(mount: Mounted, kind: str) -> None:
         (at / "dir" / "three").write_text("changed\n")
         os.link(at / "dir" / "three", at / "third")
         (at / "new").mkdir()
+        for name, mode in SET_ID.items():
+            os.utime(at / name)
+            seen = (at / name).stat()
+            left = mode if kind == "kernel" else mode & 0o777  # fuse-overlayfs: as on every filesystem
+            assert (seen.st_mode & 0o7777, seen.st_uid, seen.st_gid) == (left, 7, 8)
         wanted = {
             "dir": "", "dir/second": "dir/two\n", "dir/three": "changed\n", "moved": "",
             "moved/four": "dir/sub/four\n", "third": "changed\n", "new": "",
+            **dict.fromkeys(SET_ID, ""),
         }  # fmt: skip
         assert shown(at) == wanted
         (at / "dir" / "three").unlink()  # by this name the kernel's overlayfs has found the third
