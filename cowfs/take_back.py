@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
-from cowfs.changes import checkpoint, revert, undo, vacuum
+from cowfs.changes import checkpoint, merge, revert, undo, vacuum
 from cowfs.changes.select import Selection, selected
 from cowfs.changes.steps import Done, Progress, Seen
 from cowfs.errors import StoreError, UsageError
@@ -85,6 +85,8 @@ def is_needed(union: Union, asked: dict[str, Any], tick: Callable[[int, int], No
     CowfsError of what is refused.
     """
     fs = union.overlay
+    if merge.is_pending(union.store):
+        return True  # until then it is a layer of a deleted checkpoint that is compared with
     try:
         match asked["what"]:
             case "undo":

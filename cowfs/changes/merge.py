@@ -62,6 +62,11 @@ def merge_deleted(store: Store, lowers: Sequence[LowerLayer]) -> None:
         store.frozen = store.layers.frozen(store.upper)
 
 
+def is_pending(store: Store) -> bool:
+    """Whether :func:`merge_deleted` has something to merge. Blocks."""
+    return _next(store, set()) is not None
+
+
 def _next(store: Store, kept: set[int]) -> tuple[Checkpoint, int] | None:
     """Return a layer of a deleted checkpoint with exactly one layer directly above it, and that layer."""
     layers = store.layers

@@ -194,7 +194,7 @@ def _remarks(change: Change, renames: list[_Rename], sides: Sides) -> Iterator[b
     if "owner" in change.what:
         yield name + b"owner %d:%d -> %d:%d" % (was.st_uid, was.st_gid, is_.st_uid, is_.st_gid)
     if "xattrs" in change.what:
-        yield name + b"extended attributes differ"
+        yield name + b"extended attributes differ: " + b" ".join(map(text, change.xattrs))
     if "device" in change.what:
         yield name + b"device %s -> %s" % (_device(was.st_rdev), _device(is_.st_rdev))
 

@@ -154,6 +154,22 @@ def take_two(mnt: Path) -> tuple[Seen, Seen]:
     return one, two
 
 
+@needs_root
+def test_what_was_before_a_deleted_checkpoint_can_be_reverted(tmp_path: Path) -> None:
+    """Its layer is merged when the store is opened next: that is when it is reverted."""
+    lower, mnt, store = tmp_path / "lower", tmp_path / "mnt", store_of("image", tmp_path)
+    script("mkdir lower; echo a >lower/a; echo b >lower/b", tmp_path)
+    before = tree(lower)
+    with mounted(lower, mnt, store):
+        script("echo new >a; rm b; echo c >c", mnt)
+        cowfs("checkpoint", mnt, "one", check=True)
+        cowfs("checkpoint", mnt, "--delete", "one", check=True)
+    assert cowfs("revert", store, "--all", check=True).stdout == "reverted a\nreverted c\nreverted b\n"
+    assert cowfs("diff", store, check=True).stdout == ""
+    with mounted(lower, mnt, store):
+        assert tree(mnt) == before
+
+
 def seen_by_kernel(store: Path, place: Path) -> dict[str, object]:
     """Return the tree that the kernel's overlayfs shows, mounted as `cowfs info --kernel` says."""
     commands = cowfs("info", store, "--kernel", check=True).stdout
