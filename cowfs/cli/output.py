@@ -167,7 +167,9 @@ class Tally:
         self.expect(lambda: whole)
 
     def add(self, count: int = 1, size: int = 0) -> None:
-        """Count *count* more, and *size* more bytes."""
+        """Count *count* more, and *size* more bytes. The time until the first of them is not in the rate."""
+        if not self._done:
+            self._begun = time.monotonic()
         self._done += count
         self._size += size
         passed = time.monotonic() - self._begun

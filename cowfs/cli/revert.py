@@ -133,16 +133,21 @@ def _list(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lower
     with open_changes(what, lowers, warn, since=last_checkpoint(what)) as changes:
         selection = selected(paths, METADATA if args.metadata else ALL)
         selection.must_exist(changes, what)
-        for change in selection.of(changes.within(selection.places)):
-            if args.metadata and (change.kind not in "MR" or not change.what):
-                continue
-            if args.json:
-                say(json_line(change))
-            elif args.null:
-                source = () if change.source is None else (change.source,)
-                say_fields(change.kind, *source, change.path)
-            else:
-                say(line(change))
+        is_listed = sys.stdout.isatty()
+        with progress_line() as progress:
+            tally = Tally(progress, "changes")
+            for change in selection.of(changes.within(selection.places)):
+                if args.metadata and (change.kind not in "MR" or not change.what):
+                    continue
+                if args.json:
+                    say(json_line(change))
+                elif args.null:
+                    source = () if change.source is None else (change.source,)
+                    say_fields(change.kind, *source, change.path)
+                else:
+                    say(line(change))
+                if not is_listed:
+                    tally.add()
     sys.stdout.flush()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,18 @@ def test_no_result_stands_behind_progress(monkeypatch: pytest.MonkeyPatch, quiet
         f"{cleared}2 reverted{cleared}",
     ]
     assert screen.getvalue() == "".join(part for part in shown if not quiet or cleared not in part)
+
+
+def test_the_rate_does_not_count_what_came_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a minute passes until the first change is found: "14833 min left" was not true."""
+    clock, shown = [0.0], list[str]()
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(output, "_shows_progress", lambda: True)
+    tally = output.Tally(shown.append, "changes")
+    tally.expect(lambda: 200)
+    for clock[0], count in ((60.0, 1), (70.0, 99)):
+        tally.add(count)
+    assert shown == ["1 changes", "100 changes, 10/s, 10 s left"]
 
 
 def test_ctrl_c_while_the_command_starts_is_no_traceback() -> None:
