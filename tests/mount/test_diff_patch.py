@@ -98,11 +98,13 @@ def test_what_git_has_no_words_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "lower/fifo")
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
         script("mkfifo pipe; mkdir empty; chown 5:6 script; chmod 600 etc/fstab", here.path)
+        os.setxattr(here.path / "script", "user.a\nb", b"c")
         assert cowfs("diff", here.path, "-p").stdout.splitlines() == [
             "# empty/: an empty directory was added",
             "# etc/fstab: mode 0644 -> 0600",
             "# pipe: fifo added, which a patch cannot tell",
             "# script: owner 0:0 -> 5:6",
+            r"# script: extended attributes differ: user.a\nb",
         ]
         (here.path / "usr/bin.dat").write_bytes(b"\0" * 10)
         size = (tmp_path / "lower/usr/bin.dat").stat().st_size
