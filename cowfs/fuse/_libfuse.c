@@ -33,6 +33,7 @@
 #include "passthrough.h"
 #include "ring.h"
 #include "root_acl.h"
+#include "shortcuts.h"
 #include "store_inodes.h"
 
 #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 17)
@@ -221,8 +222,20 @@ static void on_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t
 {
 	if (root_acl_is_none(ino, name) || no_capability_has(ino, name))
 		fuse_reply_err(req, ENODATA);
-	else
+	else if (!shortcut_getxattr(req, ino, name))
 		theirs.getxattr(req, ino, name, size);
+}
+
+static void on_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size)
+{
+	if (!shortcut_listxattr(req, ino, size))
+		theirs.listxattr(req, ino, size);
+}
+
+static void on_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags)
+{
+	if (!store_setxattr(req, ino, name, value, size, flags))
+		theirs.setxattr(req, ino, name, value, size, flags);
 }
 
 static void on_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
@@ -235,6 +248,30 @@ static void on_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *to, int whic
 {
 	if (!store_setattr(req, ino, to, which))
 		theirs.setattr(req, ino, to, which, fi);
+}
+
+static void on_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
+{
+	if (!shortcut_lookup(req, parent, name))
+		theirs.lookup(req, parent, name);
+}
+
+static void on_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, struct fuse_file_info *fi)
+{
+	if (!unopened || !shortcut_create(req, parent, name, mode, fi))
+		theirs.create(req, parent, name, mode, fi);
+}
+
+static void on_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode)
+{
+	if (!shortcut_mkdir(req, parent, name, mode))
+		theirs.mkdir(req, parent, name, mode);
+}
+
+static void on_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
+{
+	if (!shortcut_unlink(req, parent, name))
+		theirs.unlink(req, parent, name);
 }
 
 /* Have a buffer for *size* bytes. False: there is no memory. */
@@ -252,6 +289,8 @@ static bool have_buffer(size_t size)
 
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
+	if (fi->fh == BEYOND && shortcut_copy(req))
+		return;
 	find_file(ino, fi);
 	int fd = fi->fh < handles ? descriptors[fi->fh] : -1;
 	if (!have_buffer(size)) {
@@ -259,7 +298,8 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
 		return;
 	}
 	if (fd < 0) {
-		if (!store_read(req, ino, buffer, size, offset, fi))
+		if (!store_read(req, ino, buffer, size, offset, fi) &&
+		    !(fi->fh == (ino | UNOPENED) && shortcut_read(req, ino, size, offset)))
 			theirs.read(req, ino, size, offset, fi);
 		return;
 	}
@@ -315,12 +355,24 @@ static const struct fuse_lowlevel_ops *wrap_handlers(const struct fuse_lowlevel_
 	}
 	if (theirs.getxattr)
 		ours.getxattr = on_getxattr;
+	if (theirs.listxattr)
+		ours.listxattr = on_listxattr;
+	if (theirs.setxattr)
+		ours.setxattr = on_setxattr;
 	if (theirs.getattr)
 		ours.getattr = on_getattr;
 	if (theirs.release)
 		ours.release = on_release;
 	if (theirs.setattr)
 		ours.setattr = on_setattr;
+	if (theirs.lookup)
+		ours.lookup = on_lookup;
+	if (theirs.create)
+		ours.create = on_create;
+	if (theirs.mkdir)
+		ours.mkdir = on_mkdir;
+	if (theirs.unlink)
+		ours.unlink = on_unlink;
 	if (seeker)
 		ours.lseek = on_lseek;
 	wrapped = true;
@@ -424,6 +476,7 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	passthrough_want(passthrough);
 	no_capability_reset();
 	store_inodes_reset();
+	shortcuts_reset();
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
 	wrapped = watched = unopened = last_request_extended = last_request_tells_set_id = false;
@@ -504,9 +557,9 @@ PyMODINIT_FUNC PyInit__libfuse(void)
 {
 	PyObject *module = PyModule_Create(&definition);
 
-	PyMethodDef *parts[] = { ring_methods,          ring_setup_methods,  core_lock_methods,    beyond_methods,
-				 figures_methods,       passthrough_methods, last_request_methods, last_change_methods,
-				 no_capability_methods, store_inodes_methods };
+	PyMethodDef *parts[] = { ring_methods,          ring_setup_methods,   core_lock_methods,    beyond_methods,
+				 figures_methods,       passthrough_methods,  last_request_methods, last_change_methods,
+				 no_capability_methods, store_inodes_methods, shortcuts_methods };
 	for (size_t i = 0; module && i < sizeof parts / sizeof *parts; i++)
 		if (PyModule_AddFunctions(module, parts[i]))
 			Py_CLEAR(module);

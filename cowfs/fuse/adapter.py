@@ -142,7 +142,7 @@ class Adapter(BeyondHandlers):
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
-        return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx), rdev, owner))
+        return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx.umask), rdev, owner))
 
     @changing
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
@@ -150,7 +150,7 @@ class Adapter(BeyondHandlers):
         if parent.upper is None:
             await self._within_reach(parent)
         owner = self._owner(ctx)
-        return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx), owner))
+        return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx.umask), owner))
 
     @changing
     async def symlink(

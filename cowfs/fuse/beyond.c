@@ -85,6 +85,26 @@ size_t beyond_received(void *request, size_t size)
 	return head->len;
 }
 
+bool beyond_is_copy(struct beyond_copy *copy)
+{
+	struct { /* struct fuse_copy_file_range_in */
+		uint64_t fh_in, off_in, nodeid_out, fh_out, off_out, len, flags;
+	} in;
+
+	if ((last.opcode != COPY_FILE_RANGE && last.opcode != COPY_FILE_RANGE_64) || body_size < sizeof in)
+		return false;
+	memcpy(&in, body, sizeof in);
+	*copy = (struct beyond_copy){
+		.from = last.nodeid,
+		.from_offset = in.off_in,
+		.to = in.nodeid_out,
+		.to_offset = in.off_out,
+		.length = in.len,
+		.is_64 = last.opcode == COPY_FILE_RANGE_64,
+	};
+	return !in.fh_in && !in.fh_out && !in.flags;
+}
+
 static PyObject *message(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;

@@ -61,6 +61,7 @@ _STATX_BASIC, _STATX_BTIME = 0x7FF, 0x800
 _MOST_AT_ONCE = 64 << 20
 """So much is copied by one request: the caller asks for the rest, and can be killed in between."""
 _PIECE = 1 << 20
+_LITTLE = 1 << 17
 _NOT_IN_THE_KERNEL = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 _XFLAGS = {  # linux/fs.h: FS_XFLAG_*
@@ -151,6 +152,10 @@ class BeyondHandlers(FileHandlers):
         source = self._reading(source_fh or asked.ino | libfuse.UNOPENED)
         if self._notes_reads:
             self._fs.was_read(node)
+        data = self._little(source, source_at, length)
+        if data is not None and not target.is_synchronous:
+            if not self._fs.is_long_to_write(target, len(data), at):
+                return self._fs.write(target, data, at)
         with (
             self._unopened.in_use(node),
             self._unopened.in_use(target_node),
@@ -162,6 +167,12 @@ class BeyondHandlers(FileHandlers):
             if isinstance(from_, SlowFile):
                 return await self._threads.run_patiently(copy, self._threads.slow_reads, asked.uid)
             return await self._threads.run(copy, self._threads.reads, asked.uid)
+
+    def _little(self, source: Handle, at: int, length: int) -> bytes | None:
+        """Return the data to copy if it is little and at hand: then no thread is worth it."""
+        length = min(length, self._fs.stat(source.node).st_size - at)
+        data = self._read_at_once(source.file, length, at) if 0 < length <= _LITTLE else None
+        return data if data is not None and len(data) == length else None
 
     # --- inodes
 

@@ -135,7 +135,7 @@ class FileHandlers(NodeHandlers):
         if parent.upper is None:
             await self._within_reach(parent)
         self._files.must_have(ctx.uid)
-        mode = self._masked(parent, mode, ctx)
+        mode = self._masked(parent, mode, ctx.umask)
         if libfuse.opens_nothing() and name != _NO_NAME:
             node, attr = self._fs.mknod(parent, name, stat.S_IFREG | mode, 0, owner)
             self._no_capability.add(node.ino)
@@ -186,7 +186,7 @@ class FileHandlers(NodeHandlers):
         if self._notes_reads and not libfuse.request()[2] & os.O_NOATIME:
             self._fs.was_read(handle.node)
         file = handle.file
-        data = file.try_pread(size, off)
+        data = self._read_at_once(file, size, off)
         if data is not None:
             return data
         threads = self._threads
@@ -198,12 +198,18 @@ class FileHandlers(NodeHandlers):
                         functools.partial(at_once, pread), threads.reads, self._files.opener(fh)
                     )
             return await threads.run_patiently(pread, threads.slow_reads, self._files.opener(fh))
-        if isinstance(file, SquashfsFile) and self._loop.is_quiet():
-            # A thread is not worth it for a block. For an archive, it may be gigabytes.
-            return file.pread(size, off)
         uid = self._user(fh)
         with self._unopened.in_use(handle.node):
             return await threads.run(lambda: file.pread(size, off), threads.reads, uid)
+
+    def _read_at_once(self, file: File, size: int, offset: int) -> bytes | None:
+        """Return the data if it is at hand, or if no other request waits and it is not long to read; else
+        None."""
+        data = file.try_pread(size, offset)
+        if data is None and isinstance(file, SquashfsFile) and self._loop.is_quiet():
+            # A thread is not worth it for a block. For an archive, it may be gigabytes.
+            return file.pread(size, offset)
+        return data
 
     @told
     async def write(self, said: Said, fh: int, off: int, buf: bytes) -> int:

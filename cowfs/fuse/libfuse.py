@@ -3,7 +3,8 @@
 - The kernel caches the listing of a directory (FOPEN_CACHE_DIR), and the next listing sends no request.
 Only cowfs changes the tree, so the cache is always right; it serves one reader at a time.
 - Reads of a file that has a descriptor are served without Python, and so are most requests for files in the
-  store's image (``store_inodes.c``).
+  store's image (``store_inodes.c``). For other frequent requests, C calls Python without pyfuse3
+  (``shortcuts.c``).
 - cowfs applies the umask (FUSE_CAP_DONT_MASK), because a directory's default ACL replaces it.
 - The kernel caches the targets of symbolic links (FUSE_CAP_CACHE_SYMLINKS).
 - Before a write or a change of owner, the kernel does not clear set-ID bits and capabilities itself
@@ -35,7 +36,7 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "changes"
+_LAST = "take_shortcuts"
 """What came into the module last."""
 
 
@@ -266,6 +267,13 @@ def serve_inodes(find: Callable[[int], int], engine: tuple[int, ...], atime: int
     """
     if _module is not None:
         _module.serve_inodes(find, engine, atime)
+
+
+def take_shortcuts(functions: object) -> None:
+    """Let C answer with the methods of a :class:`cowfs.fuse.shortcuts.Shortcuts`, until
+    :func:`stop_inodes`."""
+    if _module is not None:
+        _module.take_shortcuts(functions)
 
 
 def stop_inodes() -> None:

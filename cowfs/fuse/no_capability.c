@@ -81,6 +81,15 @@ bool no_capability_has(uint64_t inode, const char *name)
 	return answers && !strcmp(name, "security.capability") && find(inode);
 }
 
+void no_capability_add(uint64_t inode)
+{
+	if (inode && inode != REMOVED && !find(inode) && ((taken + 1) * 4 <= count * 3 || resize())) {
+		put(places, count, inode);
+		live++;
+		taken++;
+	}
+}
+
 static PyObject *py_add(PyObject *self, PyObject *number)
 {
 	uint64_t inode = PyLong_AsUnsignedLongLong(number);
@@ -88,11 +97,7 @@ static PyObject *py_add(PyObject *self, PyObject *number)
 	(void)self;
 	if (PyErr_Occurred())
 		return NULL;
-	if (inode && inode != REMOVED && !find(inode) && ((taken + 1) * 4 <= count * 3 || resize())) {
-		put(places, count, inode);
-		live++;
-		taken++;
-	}
+	no_capability_add(inode);
 	Py_RETURN_NONE;
 }
 

@@ -19,6 +19,7 @@ from cowfs.fuse.lazy_copier import LazyCopier
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.owners import OwnerMap, owners
 from cowfs.fuse.passthrough import Passthrough
+from cowfs.fuse.shortcuts import Shortcuts
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.slow import Answers, SlowLayer
@@ -82,6 +83,7 @@ class NodeHandlers(Handlers):
             when = upper.atime
             atime = 0 if not when.files else 2 if when.always else 1
             libfuse.serve_inodes(self._inode_of, upper.image.calls(), atime)
+            libfuse.take_shortcuts(Shortcuts(self._fs, upper, self._masked, self._loop.is_quiet))
 
     def _inode_of(self, ino: int) -> int:
         """Return the inode in the store's image that has all of a file or directory; 0 if there is none.
@@ -278,9 +280,8 @@ class NodeHandlers(Handlers):
             finally:
                 self._loop.waiting -= 1
 
-    def _masked(self, parent: Node, mode: int, ctx: RequestContext) -> int:
+    def _masked(self, parent: Node, mode: int, umask: int) -> int:
         """Return the mode of a new inode: without the umask's bits, unless a default ACL rules (umask(2))."""
-        umask = ctx.umask
         if not umask or not libfuse.leaves_umask():
             return mode
         if self._inherits_acls and parent.ino not in self._no_default_acl:

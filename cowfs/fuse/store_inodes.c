@@ -9,12 +9,16 @@
  */
 #include "store_inodes.h"
 
+#include <endian.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "../formats/ext3/engine.h"
 #include "beyond.h"
 #include "last_change.h"
+#include "shortcuts.h"
 
 static struct {
 	PyObject *find; /* find(inode): see serve_inodes(); NULL: Python answers all requests */
@@ -34,8 +38,8 @@ static struct {
 enum { NEVER, RELATIME, ALWAYS };
 enum { SECOND = 1000000000 };
 enum { KILL_SUIDGID = 1 << 11 };         /* FATTR_KILL_SUIDGID in linux/fuse.h */
-#define LAST_SECOND (INT64_MAX / SECOND) /* the engine counts later times differently */
-#define FOREVER 1e9                      /* only this daemon changes attributes */
+#define LAST_SECOND (INT64_MAX / SECOND) /* the engine counts later times differently, as numbers before FIRST */
+#define FIRST (INT64_C(-2147483648) * SECOND)
 
 void store_inodes_reset(void)
 {
@@ -70,11 +74,19 @@ static bool is_observed(void)
 
 /* --- attributes --- */
 
-static bool reply_attr(fuse_req_t req, fuse_ino_t ino, const struct x3_attr *attr)
+static struct timespec to_timespec(int64_t ns)
 {
-	if (attr->atime_ns < 0 || attr->mtime_ns < 0 || attr->ctime_ns < 0)
+	int64_t rest = ns % SECOND;
+
+	return (struct timespec){ ns / SECOND - (rest < 0), rest < 0 ? rest + SECOND : rest };
+}
+
+/* Translate attributes; false if a time is beyond 2262. */
+static bool to_stat(const struct x3_attr *attr, fuse_ino_t ino, struct stat *now)
+{
+	if (attr->atime_ns < FIRST || attr->mtime_ns < FIRST || attr->ctime_ns < FIRST)
 		return false;
-	struct stat now = {
+	*now = (struct stat){
 		.st_ino = ino,
 		.st_mode = attr->mode,
 		.st_nlink = attr->nlink,
@@ -83,12 +95,35 @@ static bool reply_attr(fuse_req_t req, fuse_ino_t ino, const struct x3_attr *att
 		.st_size = (off_t)attr->size,
 		.st_blksize = store.block_size,
 		.st_blocks = (blkcnt_t)attr->blocks,
-		.st_atim = { attr->atime_ns / SECOND, attr->atime_ns % SECOND },
-		.st_mtim = { attr->mtime_ns / SECOND, attr->mtime_ns % SECOND },
-		.st_ctim = { attr->ctime_ns / SECOND, attr->ctime_ns % SECOND },
+		.st_atim = to_timespec(attr->atime_ns),
+		.st_mtim = to_timespec(attr->mtime_ns),
+		.st_ctim = to_timespec(attr->ctime_ns),
 	};
+	return true;
+}
+
+static bool reply_attr(fuse_req_t req, fuse_ino_t ino, const struct x3_attr *attr)
+{
+	struct stat now;
+
+	if (!to_stat(attr, ino, &now))
+		return false;
 	fuse_reply_attr(req, &now, FOREVER);
 	return true;
+}
+
+bool store_may_change(void)
+{
+	return store.find && !store.observed && !*store.pressed;
+}
+
+int store_entry(uint32_t inode, struct fuse_entry_param *entry)
+{
+	struct x3_attr attr;
+	int failure = store.getattr(store.image, inode, &attr);
+
+	entry->attr_timeout = entry->entry_timeout = FOREVER;
+	return failure ? failure : to_stat(&attr, 0, &entry->attr) ? 0 : -EOVERFLOW;
 }
 
 bool store_getattr(fuse_req_t req, fuse_ino_t ino)
@@ -149,8 +184,64 @@ bool store_setattr(fuse_req_t req, fuse_ino_t ino, const struct stat *to, int wh
 	return !failure && reply_attr(req, ino, &attr);
 }
 
+/* Return the mode that an access ACL says, if it says nothing else; -1: it says more, or is none. See acl(5), and
+ * linux/posix_acl_xattr.h for the format. */
+static int mode_of_acl(const char *value, size_t size)
+{
+	enum { VERSION = 2, USER_OBJ = 1, GROUP_OBJ = 4, OTHER = 0x20, ENTRIES = 3 };
+	static const struct {
+		uint16_t tag;
+		int shift;
+	} expected[ENTRIES] = { { USER_OBJ, 6 }, { GROUP_OBJ, 3 }, { OTHER, 0 } };
+	struct {
+		uint16_t tag, permissions;
+		uint32_t id;
+	} entries[ENTRIES];
+	uint32_t version;
+	int mode = 0;
+
+	if (size != sizeof version + sizeof entries)
+		return -1;
+	memcpy(&version, value, sizeof version);
+	memcpy(entries, value + sizeof version, sizeof entries);
+	for (int i = 0; i < ENTRIES; i++) {
+		if (le16toh(entries[i].tag) != expected[i].tag || le16toh(entries[i].permissions) > 7)
+			return -1;
+		mode |= le16toh(entries[i].permissions) << expected[i].shift;
+	}
+	return le32toh(version) == VERSION ? mode : -1;
+}
+
+bool store_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags)
+{
+	if (!store_may_change() || flags || strcmp(name, "system.posix_acl_access"))
+		return false;
+	int mode = mode_of_acl(value, size);
+	uint32_t inode = mode < 0 ? 0 : find(ino, true);
+	struct x3_attr attr;
+	if (!inode || store.getattr(store.image, inode, &attr))
+		return false;
+	attr.mode = (attr.mode & S_ISVTX) | (uint32_t)mode;
+	if (store.setattr(store.image, inode, X3_MODE, &attr))
+		return false;
+	fuse_reply_err(req, 0);
+	return true;
+}
+
 
 /* --- data --- */
+
+/* Write all of *data* to a simple inode; false if Python must do it. */
+static bool write_simple(uint32_t inode, const void *data, size_t size, off_t offset)
+{
+	int64_t written = 0;
+
+	Py_BEGIN_ALLOW_THREADS
+	if (store.is_simple(store.image, inode) > 0)
+		written = store.write(store.image, inode, data, size, (uint64_t)offset);
+	Py_END_ALLOW_THREADS
+	return written > 0 && (size_t)written == size;
+}
 
 bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data, off_t offset,
 		 const struct fuse_file_info *fi)
@@ -161,19 +252,19 @@ bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data,
 	    data->idx || data->off || from->flags & FUSE_BUF_IS_FD)
 		return false;
 	uint32_t inode = find(ino, true);
-	if (!inode || is_observed())
-		return false;
-	int64_t written = 0;
-	Py_BEGIN_ALLOW_THREADS
-	if (store.is_simple(store.image, inode) > 0)
-		written = store.write(store.image, inode, from->mem, from->size, (uint64_t)offset);
-	Py_END_ALLOW_THREADS
-	if (written <= 0 || (size_t)written != from->size)
+	if (!inode || is_observed() || !write_simple(inode, from->mem, from->size, offset))
 		return false;
 	if (store.observed)
 		last_change_wrote(ino);
 	fuse_reply_write(req, from->size);
 	return true;
+}
+
+bool store_put(fuse_ino_t ino, const void *data, size_t size, off_t offset)
+{
+	uint32_t inode = store_may_change() ? find(ino, true) : 0;
+
+	return inode && write_simple(inode, data, size, offset);
 }
 
 bool store_read(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset,
@@ -236,6 +327,7 @@ static PyObject *py_stop(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
 	store_inodes_reset();
+	shortcuts_reset();
 	Py_RETURN_NONE;
 }
 
@@ -252,7 +344,7 @@ PyMethodDef store_inodes_methods[] = {
 	  "number of the inode in the image that has all of a node, negated if it may only be read; 0: there is none.\n"
 	  "engine: addresses of the image, of functions of engine.h, and of what says that changes must wait; and the\n"
 	  "size of a block. atime: when reading updates it: 0 never, 1 by the rule of relatime, 2 always." },
-	{ "stop_inodes", py_stop, METH_NOARGS, "stop_inodes(): leave all requests to Python." },
+	{ "stop_inodes", py_stop, METH_NOARGS, "stop_inodes(): leave all requests to pyfuse3's handlers." },
 	{ "observe_inodes", py_observe, METH_O,
 	  "observe_inodes(wanted): whether Python must see changes that do not continue the last noted one." },
 	{ NULL, NULL, 0, NULL },

@@ -341,6 +341,17 @@ def takes_whole(layer: UpperLayer) -> TypeGuard[TakesWhole]:
     return hasattr(layer, "copy_in")
 
 
+class AddsFiles(UpperLayer, Protocol):
+    """An upper layer that creates most files quickly."""
+
+    def add_file(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, int] | None:
+        """Create an empty regular file, *mode* with its type; return its key and its generation. EEXIST.
+
+        None if it would inherit something from the directory: use :meth:`create`.
+        """
+        ...
+
+
 class Transactional(Protocol):
     """A layer that can write several changes to disk in one step."""
 

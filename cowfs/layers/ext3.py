@@ -215,6 +215,12 @@ class Ext3Layer:
         key = self._make(directory, name, stat.S_IFREG | mode & 0o7777, uid, gid)
         return key, self._open(key, os.O_RDWR, is_new=True)
 
+    def add_file(self, directory: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, int] | None:
+        names = self._names_for(directory, name)
+        if (names.more or self._what_is_inherited(directory, names)) is not _NOTHING:
+            return None
+        return Key(self.image.create(directory, name, mode, uid, gid)), self.image.generation_of_new
+
     def copy_in(
         self, directory: int, name: bytes, attr: Attr, data: bytes, xattrs: Sequence[tuple[bytes, bytes]]
     ) -> Key:

@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 from cowfs.formats.squashfs.copy import copy
@@ -242,6 +242,17 @@ class SquashfsLayer:
             raise _error(errno.EROFS)
         data = self._image.data(key)
         return SquashfsFile(data, self._attr(data.inode))
+
+    def read_small(self, key: int, size: int, offset: int, may_block: Callable[[], bool]) -> bytes | None:
+        """Return data of a regular file that needs no readahead; None for any other.
+
+        It blocks for at most half a millisecond unless *may_block* says so; None if that is not enough. EIO.
+        """
+        data = self._image.data(key)
+        if not data.is_small:
+            return None
+        found = data.try_pread(size, offset)
+        return data.pread(size, offset) if found is None and may_block() else found
 
     def statfs(self) -> FsStats:
         """Return the figures as the kernel's squashfs does: everything used, nothing free."""

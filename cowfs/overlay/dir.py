@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from cowfs.layers.base import File, Key
+from cowfs.layers.base import AddsFiles, File, Key
 from cowfs.linux import files
 from cowfs.overlay import acl, flags, partial, protect, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
@@ -168,10 +168,32 @@ def _make(
                 fs.note(key, fs.format.opaque, OPAQUE)
     attr = fs.upper.stat(key)
     ino = fs.ino_of(0, fs.upper.dev, attr)
-    node = Node(ino, attr.st_mode, parent, name, key, (), fs.generation_of(ino, attr))
+    return _enter(fs, parent, name, key, attr.st_mode, ino, fs.generation_of(ino, attr)), attr
+
+
+def _enter(fs: OverlayFs, parent: Node, name: bytes, key: Key, mode: int, ino: int, generation: int) -> Node:
+    node = Node(ino, mode, parent, name, key, (), generation)
     node.protection = 0
     fs.nodes.add(node)
-    return node, attr
+    return node
+
+
+def add_file(
+    fs: OverlayFs, upper: AddsFiles, parent: Node, name: bytes, mode: int, owner: Owner
+) -> Node | None:
+    """Create an empty regular file in a directory that only the upper has; None: use :func:`create`.
+
+    That is all that most new files need, so it is kept quick.
+    """
+    if parent.upper is None or parent.below != () or parent.dead or parent.protection != 0:
+        return None
+    made = upper.add_file(parent.upper, name, mode, *owner)
+    if made is None:
+        return None
+    parent.added += 1
+    key, generation = made
+    ino = fs.ino_of_real(0, upper.dev, key)
+    return _enter(fs, parent, name, key, mode, ino, fs.generation_from(ino, generation))
 
 
 def _must_take(fs: OverlayFs, parent: Node, name: bytes) -> None:

@@ -269,12 +269,14 @@ class OverlayFs:
 
     def generation_of(self, ino: int, attr: Attr) -> int:
         """Return the generation, which tells a new node from earlier ones with the same number."""
+        return self.generation_from(ino, attr.st_gen if isinstance(attr, AttrData) else None)
+
+    def generation_from(self, ino: int, real: int | None) -> int:
+        """The same, if only the generation of the layer's inode is known; None: it has none."""
         number = ino - self._first >> _LAYER_SHIFT
         if not self.exports or number >= len(self._generations) or ino & _REAL_MASK > _MOST_REAL:
             return next(self._incarnations) & 0x7FFFFFFF
-        if number == 0 and isinstance(attr, AttrData):
-            return attr.st_gen
-        return self._generations[number] or 0
+        return real if number == 0 and real is not None else self._generations[number] or 0
 
     def temporary(self) -> bytes:
         """Return an unused name in the work directory."""

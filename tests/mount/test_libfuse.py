@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mounts import cowfs, force_umount, is_mounted, mount_arguments, project_root
+from tests.support.squashfs import mksquashfs, needs_mksquashfs
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = needs_fuse
@@ -39,7 +40,10 @@ def opening(init):
     return opened
 
 Adapter.__init__ = opening(Adapter.__init__)
-for name in ("getattr", "getxattr", "opendir", "read", "readdir", "readlink", "setattr", "write"):
+for name in (
+    "_beyond", "create", "getattr", "getxattr", "listxattr", "lookup", "mkdir", "opendir", "read", "readdir",
+    "readlink", "setattr", "setxattr", "unlink", "write",
+):
     setattr(Adapter, name, noting(name, getattr(Adapter, name)))
 sys.exit(main(sys.argv[2:]))
 """
@@ -64,20 +68,28 @@ class Noted:
 
 
 @contextmanager
-def _mounted(tmp_path: Path, first: str = "", options: tuple[str, ...] = ()) -> Iterator[Noted]:
+def _mounted(
+    tmp_path: Path, first: str = "", options: tuple[str, ...] = (), *, packed: bool = False
+) -> Iterator[Noted]:
     lower, store, path = tmp_path / "lower", tmp_path / "store", tmp_path / "mnt"
     lower.mkdir()
     (lower / "file").write_bytes(b"below\n" * 1000)
     (lower / "large").write_bytes(b"below\n" * 200_000)
     (lower / "link").symlink_to("file")
+    (lower / "d").mkdir()
+    (lower / "d/small").write_bytes(b"small\n")
+    (lower / "d/small").chmod(0o604)
+    os.utime(lower / "d/small", (7, 7))
+    (lower / "d/empty").touch()
     for number in range(100):
         (lower / f"d/{number}").mkdir(parents=True)
     path.mkdir()
+    packed_lower = mksquashfs(tmp_path / "lower.sqsh", lower) if packed else lower
     (tmp_path / "notes").touch()
     log, notes = tmp_path / "log", tmp_path / "notes"
     run(
         sys.executable, "-c", _NOTING.format(first=first), notes,
-        *mount_arguments(lower, path, store, options=[f"log={log}", "passthrough=off", *options]),
+        *mount_arguments(packed_lower, path, store, options=[f"log={log}", "passthrough=off", *options]),
         cwd=project_root(),
     )  # fmt: skip
     try:
@@ -95,10 +107,10 @@ def mount(tmp_path: Path) -> Iterator[Noted]:
 
 
 def test_a_directory_that_was_listed_is_not_read_again(mount: Noted) -> None:
-    assert len(os.listdir(mount.path / "d")) == 100
+    assert len(os.listdir(mount.path / "d")) == 102
     assert mount.requests("readdir")
     mount.forget()
-    assert len(os.listdir(mount.path / "d")) == 100
+    assert len(os.listdir(mount.path / "d")) == 102
     assert mount.requests("opendir") and not mount.requests("readdir")
 
 
@@ -211,6 +223,88 @@ def test_a_device_that_is_stored_as_a_file_is_changed_as_a_device(with_image: No
         os.utime(path, ns=(1_000_000_007, 2_000_000_009))
         now = path.lstat()
         assert (now.st_mode, now.st_mtime_ns) == (stat.S_IFCHR | mode, 2_000_000_009)
+
+
+@pytest.fixture
+def over_squashfs(tmp_path: Path) -> Iterator[Noted]:
+    cowfs("create", tmp_path / "store", "16", check=True)
+    with _mounted(tmp_path, packed=True) as noted:
+        yield noted
+
+
+_SHORTCUTS = ("_beyond", "create", "getxattr", "listxattr", "lookup", "mkdir", "read", "setxattr", "unlink")
+
+
+@needs_mksquashfs
+def test_copying_and_removing_files_needs_no_coroutines(over_squashfs: Noted) -> None:
+    top = over_squashfs.path
+    target = top / "target"
+    target.mkdir()
+    os.utime(top / "file", ns=(1, 2))  # which copies it up
+    (top / "file").chmod(0o1640)
+    over_squashfs.forget()
+    (target / "sub").mkdir(mode=0o750)
+    (target / "sub/dir").mkdir()
+    run("cp", "-a", top / "d/small", top / "d/empty", target / "sub")
+    assert (target / "sub/small").read_bytes() == b"small\n"
+    assert (target / "sub/small").stat().st_mode == 0o100604
+    assert (target / "sub/small").stat().st_mtime == 7
+    assert (target / "sub/empty").stat().st_size == 0 == os.stat(target / "sub/empty").st_blocks
+    with pytest.raises(FileNotFoundError):
+        os.stat(target / "sub/none")
+    (target / "sub/small").unlink()
+    assert sorted(os.listdir(target / "sub")) == ["dir", "empty"]
+    assert [kind for kind in _SHORTCUTS if over_squashfs.requests(kind)] == []
+    run("cp", "-a", top / "file", top / "large", target)  # one is in the store, one is not little
+    assert over_squashfs.requests("_beyond")
+    assert (target / "file").stat().st_mode == 0o101640
+    assert (target / "large").read_bytes() == b"below\n" * 200_000
+
+
+@needs_root
+@needs_mksquashfs
+def test_what_a_directory_gives_to_new_files_is_kept(over_squashfs: Noted) -> None:
+    top = over_squashfs.path / "made"
+    top.mkdir()
+    (top / "before").touch()
+    os.chown(top, -1, NOBODY)
+    top.chmod(0o2755)
+    (top / "group").touch()
+    (top / "sub").mkdir()
+    assert (top / "group").stat().st_gid == NOBODY == (top / "sub").stat().st_gid
+    assert (top / "sub").stat().st_mode & stat.S_ISGID
+    run("setfacl", "-d", "-m", f"u:{NOBODY}:rwx", top)
+    (top / "acl").touch()
+    assert f"user:{NOBODY}:rwx" in run("getfacl", "-cn", top / "acl").stdout
+    assert "user:" not in run("getfacl", "-cn", top / "before").stdout.replace("user::", "")
+    with pytest.raises(FileExistsError):
+        (top / "acl").touch(exist_ok=False)
+    with pytest.raises(OSError, match="File name too long"):
+        (top / ("n" * 256)).touch()
+    run("chattr", "+i", top)
+    with pytest.raises(PermissionError):
+        (top / "immutable").touch()
+    with pytest.raises(PermissionError):
+        (top / "acl").unlink()
+    run("chattr", "-i", top)
+
+
+@needs_mksquashfs
+def test_an_acl_that_says_only_the_mode_changes_the_mode(over_squashfs: Noted) -> None:
+    path = over_squashfs.path / "new"
+    path.touch()
+    path.chmod(0o1600)
+    before = path.stat().st_ctime_ns
+    run("setfacl", "--set", "u::rwx,g::r,o::x", path)
+    assert path.stat().st_mode == 0o101741 and path.stat().st_ctime_ns > before
+    assert os.listxattr(path) == []
+    run("setfacl", "-m", f"u:{NOBODY}:r", path)
+    assert os.listxattr(path) == ["system.posix_acl_access"]
+    run("setfacl", "--set", "u::rw,g::r,o::-", path)
+    assert (os.listxattr(path), path.stat().st_mode) == ([], 0o101640)
+    with pytest.raises(OSError) as caught:
+        os.setxattr(path, "system.posix_acl_access", bytes.fromhex("02000000") + b"\1" * 24)
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_the_target_of_a_link_is_asked_for_once(mount: Noted) -> None:

@@ -243,6 +243,11 @@ class Image(Opened):
         names.hint = place.block
         return ino
 
+    @property
+    def generation_of_new(self) -> int:
+        """The generation of the inode that was created last."""
+        return int(self._new.attr.generation)
+
     def copy(
         self,
         directory: int,

@@ -25,6 +25,8 @@ _AHEAD = 2 << 20
 """How far ahead of a sequential reader data is decompressed, in bytes; at least two blocks."""
 _NEAR = 2
 """How many blocks a read may skip or repeat, and still count as sequential."""
+_FEW = 2
+"""A file of so many blocks needs no readahead."""
 _TASK = 256 << 10
 """How many bytes one task of the readahead decompresses; at least one block."""
 
@@ -216,6 +218,11 @@ class FileData:
         """How many blocks to read ahead."""
         self.size = inode.size
 
+    @property
+    def is_small(self) -> bool:
+        """Whether the file is too small for readahead."""
+        return self._count <= _FEW
+
     def try_pread(self, size: int, offset: int) -> bytes | None:
         """Return what :meth:`pread` returns, or None if it must decompress for over half a ms. EIO.
 
@@ -274,7 +281,7 @@ class FileData:
 
     def _read_ahead(self, first: int, last: int) -> None:
         """Start to decompress what follows, if this read continues the last one."""
-        if self._count <= 2 or not self._blocks.slow or (first, last) == self._range:
+        if self._count <= _FEW or not self._blocks.slow or (first, last) == self._range:
             return
         size = self._blocks.size
         with self._blocks.lock:

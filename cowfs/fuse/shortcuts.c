@@ -1,0 +1,261 @@
+/* Answers requests by calling the union, in Python, without pyfuse3 (shortcuts.py).
+ *
+ * For each request, pyfuse3 makes a coroutine and three or four objects, which takes as long as most answers.
+ *
+ * The calling thread holds the core lock and the GIL.
+ */
+#include "shortcuts.h"
+
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "beyond.h"
+#include "no_capability.h"
+#include "store_inodes.h"
+
+/* The functions of Shortcuts (shortcuts.py), in the order of NAMES. NULL: pyfuse3's handlers answer. */
+enum function { LOOKUP, CREATE, MKDIR, UNLINK, READ, HAS_NO_XATTRS, FUNCTIONS };
+static const char *const NAMES[] = { "lookup", "create", "mkdir", "unlink", "read", "has_no_xattrs" };
+static PyObject *functions[FUNCTIONS];
+
+void shortcuts_reset(void)
+{
+	for (int i = 0; i < FUNCTIONS; i++)
+		Py_CLEAR(functions[i]);
+}
+
+/* Call a function; return its result, NULL if that is None, or if there was an exception, which is logged. */
+static PyObject *call(enum function which, PyObject *const *arguments, size_t count)
+{
+	bool made = true;
+
+	for (size_t i = 0; i < count; i++)
+		made = made && arguments[i];
+	PyObject *result = made ? PyObject_Vectorcall(functions[which], arguments, count, NULL) : NULL;
+	for (size_t i = 0; i < count; i++)
+		Py_XDECREF(arguments[i]);
+	if (!result)
+		PyErr_WriteUnraisable(functions[which]);
+	if (result == Py_None)
+		Py_CLEAR(result);
+	return result;
+}
+
+/* Call a function of a directory and a name. */
+static PyObject *call_by_name(enum function which, fuse_ino_t parent, const char *name)
+{
+	PyObject *arguments[] = { PyLong_FromUnsignedLong(parent), PyBytes_FromString(name) };
+
+	return call(which, arguments, 2);
+}
+
+static struct timespec to_timespec(long long ns)
+{
+	enum { SECOND = 1000000000 };
+	long long rest = ns % SECOND;
+
+	return (struct timespec){ ns / SECOND - (rest < 0), rest < 0 ? rest + SECOND : rest };
+}
+
+bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
+{
+	if (!functions[LOOKUP] || !strcmp(name, ".") || !strcmp(name, ".."))
+		return false;
+	PyObject *result = call_by_name(LOOKUP, parent, name);
+	struct fuse_entry_param entry = { .attr_timeout = FOREVER, .entry_timeout = FOREVER };
+	struct stat *to = &entry.attr;
+	unsigned long long ino = 0, generation, rdev, size, blocks, links;
+	unsigned block_size;
+	long long atime, mtime, ctime;
+	if (!result)
+		return false;
+	if (result != Py_False) {
+		if (!PyArg_ParseTuple(result, "KKIKIIKKKILLL", &ino, &generation, &to->st_mode, &links, &to->st_uid,
+				      &to->st_gid, &rdev, &size, &blocks, &block_size, &atime, &mtime, &ctime)) {
+			PyErr_WriteUnraisable(functions[LOOKUP]);
+			Py_DECREF(result);
+			return false;
+		}
+		entry.ino = to->st_ino = ino;
+		entry.generation = generation;
+		to->st_nlink = links;
+		to->st_rdev = rdev;
+		to->st_size = (off_t)size;
+		to->st_blocks = (blkcnt_t)blocks;
+		to->st_blksize = block_size;
+		to->st_atim = to_timespec(atime);
+		to->st_mtim = to_timespec(mtime);
+		to->st_ctim = to_timespec(ctime);
+	}
+	Py_DECREF(result);
+	fuse_reply_entry(req, &entry);
+	return true;
+}
+
+/* Have a function create an inode, and describe it in *entry*; false if it has done nothing. */
+static bool make(enum function which, fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode,
+		 struct fuse_entry_param *entry)
+{
+	if (!functions[which] || !store_may_change())
+		return false;
+	const struct fuse_ctx *ctx = fuse_req_ctx(req);
+	PyObject *arguments[] = {
+		PyLong_FromUnsignedLong(parent),   PyBytes_FromString(name),
+		PyLong_FromUnsignedLong(mode),     PyLong_FromUnsignedLong(ctx->umask),
+		PyLong_FromUnsignedLong(ctx->uid), PyLong_FromUnsignedLong(ctx->gid),
+	};
+	PyObject *result = call(which, arguments, sizeof arguments / sizeof *arguments);
+	unsigned long long ino, generation;
+	unsigned inode;
+	if (!result)
+		return false;
+	*entry = (struct fuse_entry_param){ .ino = 0 };
+	if (!PyArg_ParseTuple(result, "KKI", &ino, &generation, &inode)) {
+		PyErr_WriteUnraisable(functions[which]);
+	} else if (!store_entry(inode, entry)) {
+		entry->ino = entry->attr.st_ino = ino;
+		entry->generation = generation;
+	}
+	Py_DECREF(result);
+	return true;
+}
+
+bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, const struct fuse_file_info *fi)
+{
+	struct fuse_entry_param entry;
+
+	if (!make(CREATE, req, parent, name, mode, &entry))
+		return false;
+	struct fuse_file_info opened = *fi;
+	opened.fh = 0;
+	opened.keep_cache = 1;
+	no_capability_add(entry.ino);
+	if (entry.ino)
+		fuse_reply_create(req, &entry, &opened);
+	else
+		fuse_reply_err(req, EIO);
+	return true;
+}
+
+bool shortcut_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode)
+{
+	struct fuse_entry_param entry;
+
+	if (!make(MKDIR, req, parent, name, mode, &entry))
+		return false;
+	if (entry.ino)
+		fuse_reply_entry(req, &entry);
+	else
+		fuse_reply_err(req, EIO);
+	return true;
+}
+
+bool shortcut_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
+{
+	if (!functions[UNLINK] || !store_may_change())
+		return false;
+	PyObject *result = call_by_name(UNLINK, parent, name);
+	bool done = result == Py_True;
+	Py_XDECREF(result);
+	if (done)
+		fuse_reply_err(req, 0);
+	return done;
+}
+
+/* Return data of a small file; NULL if the handler must read it. */
+static PyObject *read_small(fuse_ino_t ino, size_t size, off_t offset)
+{
+	if (!functions[READ])
+		return NULL;
+	PyObject *arguments[] = { PyLong_FromUnsignedLong(ino), PyLong_FromSize_t(size), PyLong_FromLongLong(offset) };
+	return call(READ, arguments, 3);
+}
+
+bool shortcut_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset)
+{
+	PyObject *data = read_small(ino, size, offset);
+
+	if (!data)
+		return false;
+	fuse_reply_buf(req, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data));
+	Py_DECREF(data);
+	return true;
+}
+
+bool shortcut_copy(fuse_req_t req)
+{
+	enum { MOST = 1 << 17 };
+	struct beyond_copy copy;
+
+	if (!beyond_is_copy(&copy) || !store_may_change())
+		return false;
+	PyObject *data = read_small(copy.from, copy.length < MOST ? copy.length : MOST, (off_t)copy.from_offset);
+	size_t size = data ? (size_t)PyBytes_GET_SIZE(data) : 0;
+	bool is_all = size && (size < MOST || copy.length == MOST);
+	bool done = is_all && store_put(copy.to, PyBytes_AS_STRING(data), size, (off_t)copy.to_offset);
+	uint32_t answer[2] = { (uint32_t)size, 0 }; /* struct fuse_copy_file_range_out, or an uint64_t */
+	uint64_t answer_64 = size;
+	Py_XDECREF(data);
+	if (done)
+		fuse_reply_buf(req, copy.is_64 ? (char *)&answer_64 : (char *)answer, sizeof answer);
+	return done;
+}
+
+/* Whether an inode has no extended attributes at all. */
+static bool has_no_xattrs(fuse_ino_t ino)
+{
+	PyObject *number = functions[HAS_NO_XATTRS] ? PyLong_FromUnsignedLong(ino) : NULL;
+	PyObject *result = number ? call(HAS_NO_XATTRS, &number, 1) : NULL;
+
+	Py_XDECREF(result);
+	return result == Py_True;
+}
+
+bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name)
+{
+	static const char *const kinds[] = { "user.", "trusted.", "security.", "system.posix_acl_" };
+	bool known = false;
+
+	for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+		known = known || !strncmp(name, kinds[i], strlen(kinds[i]));
+	/* The handler notes who has asked for a capability. */
+	if (!known || !strcmp(name, "security.capability") || !has_no_xattrs(ino))
+		return false;
+	fuse_reply_err(req, ENODATA);
+	return true;
+}
+
+bool shortcut_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size)
+{
+	if (!has_no_xattrs(ino))
+		return false;
+	if (size)
+		fuse_reply_buf(req, NULL, 0);
+	else
+		fuse_reply_xattr(req, 0);
+	return true;
+}
+
+
+/* --- for Python --- */
+
+static PyObject *py_take(PyObject *self, PyObject *from)
+{
+	(void)self;
+	shortcuts_reset();
+	for (int i = 0; i < FUNCTIONS; i++) {
+		functions[i] = PyObject_GetAttrString(from, NAMES[i]);
+		if (!functions[i]) {
+			shortcuts_reset();
+			return NULL;
+		}
+	}
+	Py_RETURN_NONE;
+}
+
+PyMethodDef shortcuts_methods[] = {
+	{ "take_shortcuts", py_take, METH_O,
+	  "take_shortcuts(functions): answer with the methods of this Shortcuts (shortcuts.py) what they can answer." },
+	{ NULL, NULL, 0, NULL },
+};

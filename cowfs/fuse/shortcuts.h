@@ -1,0 +1,29 @@
+/* Answers requests by calling the union without pyfuse3: see shortcuts.c. */
+#ifndef COWFS_SHORTCUTS_H
+#define COWFS_SHORTCUTS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define FUSE_USE_VERSION 35
+#include <fuse3/fuse_lowlevel.h>
+
+#include <stdbool.h>
+
+/* Another mount begins: pyfuse3's handlers answer all requests. */
+void shortcuts_reset(void);
+
+/* These answer a request, and return false if pyfuse3's handler must answer it. Then nothing has happened. */
+bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name);
+bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, const struct fuse_file_info *fi);
+bool shortcut_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode);
+bool shortcut_unlink(fuse_req_t req, fuse_ino_t parent, const char *name);
+bool shortcut_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset);
+bool shortcut_copy(fuse_req_t req); /* a request that came as a read with the handle number BEYOND */
+bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name);
+bool shortcut_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size);
+
+/* Functions for Python. */
+extern PyMethodDef shortcuts_methods[];
+
+#endif

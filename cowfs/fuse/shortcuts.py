@@ -1,0 +1,137 @@
+"""Requests answered without a coroutine for each.
+
+C calls these functions (``shortcuts.c``). They do what the handlers of the same names would do where there is
+nothing to wait for, and leave the rest to those: errors, too, since a handler knows what to try again.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+
+from cowfs.layers.ext3 import Ext3Layer
+from cowfs.layers.squashfs import SquashfsLayer
+from cowfs.overlay.dir import Owner, add_file
+from cowfs.overlay.node import APART, LAYER, LAYER_BITS, Node
+from cowfs.overlay.overlay import Overlay
+
+_NO_NAME = b"/"
+"""What O_TMPFILE creates (``beyond.c``)."""
+Made = tuple[int, int, int]
+"""The number and generation of a new inode, and its number in the image."""
+
+
+class Shortcuts:
+    """The functions for one mount."""
+
+    def __init__(
+        self,
+        fs: Overlay,
+        upper: Ext3Layer,
+        masked: Callable[[Node, int, int], int],
+        is_quiet: Callable[[], bool],
+    ) -> None:
+        """*upper* is the image; *masked* applies the umask to the mode of a new inode in a directory;
+        *is_quiet* says whether no other request waits."""
+        self._is_quiet = is_quiet
+        self._fs = fs
+        self._upper = upper
+        self._nodes = fs.nodes
+        self._masked = masked
+
+    def lookup(self, ino: int, name: bytes) -> tuple[int, ...] | bool | None:
+        """Return what is known of *name* in the directory *ino*; False if there is nothing. None: ask the
+        handler."""
+        parent = self._nodes.get(ino)
+        if parent is None:
+            return None
+        try:
+            found = self._fs.lookup(parent, name)
+            if found is None:
+                return False
+            node, attr = found
+            links = self._fs.nlink(node, attr)
+        except Exception:
+            return None
+        node.lookups += 1
+        return (
+            node.ino, node.generation, attr.st_mode, links, attr.st_uid, attr.st_gid, attr.st_rdev,
+            attr.st_size, attr.st_blocks, attr.st_blksize,
+            attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns,
+        )  # fmt: skip
+
+    def create(self, ino: int, name: bytes, mode: int, umask: int, uid: int, gid: int) -> Made | None:
+        """Create a regular file in the directory *ino*. None: ask the handler."""
+        parent = self._directory(ino)
+        if parent is None or name == _NO_NAME:
+            return None
+        try:
+            mode = stat.S_IFREG | self._masked(parent, mode, umask)
+            owner = Owner(uid, gid)
+            node = add_file(self._fs, self._upper, parent, name, mode, owner)
+            return _made(node or self._fs.mknod(parent, name, mode, 0, owner)[0])
+        except Exception:
+            return None
+
+    def mkdir(self, ino: int, name: bytes, mode: int, umask: int, uid: int, gid: int) -> Made | None:
+        """Create a directory in the directory *ino*. None: ask the handler."""
+        parent = self._directory(ino)
+        if parent is None:
+            return None
+        try:
+            mode = self._masked(parent, mode, umask)
+            return _made(self._fs.mkdir(parent, name, mode, Owner(uid, gid))[0])
+        except Exception:
+            return None
+
+    def unlink(self, ino: int, name: bytes) -> bool | None:
+        """Remove a name of a file of the store from the directory *ino*. None: ask the handler."""
+        parent = self._directory(ino)
+        node = None if parent is None else self._nodes.child(parent, name)
+        if parent is None or node is None or node.upper is None or node.copying is not None:
+            return None
+        try:
+            self._fs.unlink(parent, name)
+            return True
+        except Exception:
+            return None
+
+    def read(self, ino: int, size: int, offset: int) -> bytes | None:
+        """Return data of a small file of an image below. None: ask the handler."""
+        node = self._nodes.get(ino)
+        below = None if node is None or node.upper is not None else node.below
+        if not isinstance(below, int):
+            return None
+        layer = self._fs.lowers[below & LAYER]
+        if type(layer) is not SquashfsLayer:  # what wraps one may wait
+            return None
+        try:
+            return layer.read_small(below >> LAYER_BITS, size, offset, self._is_quiet)
+        except Exception:
+            return None
+
+    def has_no_xattrs(self, ino: int) -> bool:
+        """Whether an inode is known to have no extended attributes at all."""
+        node = self._nodes.get(ino)
+        if node is None or ino & APART:
+            return False
+        try:
+            if node.upper is not None:
+                return not self._upper.listxattr(node.upper)
+            number, key = node.lowers[0]
+            layer = self._fs.lowers[number]
+            return number >= 0 and isinstance(layer, SquashfsLayer) and not layer.listxattr(key)
+        except Exception:
+            return False
+
+    def _directory(self, ino: int) -> Node | None:
+        """Return the node of a directory that the image has; None if it has not."""
+        node = self._nodes.get(ino)
+        return None if node is None or node.upper is None or node.children is None or ino & APART else node
+
+
+def _made(node: Node) -> Made:
+    """Count the kernel's reference to a new node, and describe it."""
+    node.lookups += 1
+    assert node.upper is not None
+    return node.ino, node.generation, node.upper
