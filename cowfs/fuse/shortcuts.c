@@ -50,14 +50,6 @@ static PyObject *call_by_name(enum function which, fuse_ino_t parent, const char
 	return call(which, arguments, 2);
 }
 
-static struct timespec to_timespec(long long ns)
-{
-	enum { SECOND = 1000000000 };
-	long long rest = ns % SECOND;
-
-	return (struct timespec){ ns / SECOND - (rest < 0), rest < 0 ? rest + SECOND : rest };
-}
-
 bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
 {
 	if (!functions[LOOKUP] || !strcmp(name, ".") || !strcmp(name, ".."))

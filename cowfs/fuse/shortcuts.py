@@ -17,6 +17,8 @@ from cowfs.overlay.overlay import Overlay
 
 _NO_NAME = b"/"
 """What O_TMPFILE creates (``beyond.c``)."""
+_TOO_LATE = 1 << 63
+"""The time in ns, in the year 2262, that C has no number for."""
 Made = tuple[int, int, int]
 """The number and generation of a new inode, and its number in the image."""
 
@@ -53,11 +55,13 @@ class Shortcuts:
             links = self._fs.nlink(node, attr)
         except Exception:
             return None
+        times = attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns
+        if max(times) >= _TOO_LATE or min(times) < -_TOO_LATE:
+            return None
         node.lookups += 1
         return (
             node.ino, node.generation, attr.st_mode, links, attr.st_uid, attr.st_gid, attr.st_rdev,
-            attr.st_size, attr.st_blocks, attr.st_blksize,
-            attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns,
+            attr.st_size, attr.st_blocks, attr.st_blksize, *times,
         )  # fmt: skip
 
     def create(self, ino: int, name: bytes, mode: int, umask: int, uid: int, gid: int) -> Made | None:
@@ -99,7 +103,7 @@ class Shortcuts:
     def read(self, ino: int, size: int, offset: int) -> bytes | None:
         """Return data of a small file of an image below. None: ask the handler."""
         node = self._nodes.get(ino)
-        below = None if node is None or node.upper is not None else node.below
+        below = None if node is None or node.upper is not None or ino & APART else node.below
         if not isinstance(below, int):
             return None
         layer = self._fs.lowers[below & LAYER]

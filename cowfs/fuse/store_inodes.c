@@ -74,13 +74,6 @@ static bool is_observed(void)
 
 /* --- attributes --- */
 
-static struct timespec to_timespec(int64_t ns)
-{
-	int64_t rest = ns % SECOND;
-
-	return (struct timespec){ ns / SECOND - (rest < 0), rest < 0 ? rest + SECOND : rest };
-}
-
 /* Translate attributes; false if a time is beyond 2262. */
 static bool to_stat(const struct x3_attr *attr, fuse_ino_t ino, struct stat *now)
 {

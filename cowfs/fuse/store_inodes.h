@@ -11,8 +11,17 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #define FOREVER 1e9 /* how many seconds attributes and names hold: only this daemon changes them */
+
+static inline struct timespec to_timespec(int64_t ns)
+{
+	enum { SECOND = 1000000000 };
+	int64_t rest = ns % SECOND;
+
+	return (struct timespec){ ns / SECOND - (rest < 0), rest < 0 ? rest + SECOND : rest };
+}
 
 /* Another mount begins: Python answers all requests. */
 void store_inodes_reset(void);

@@ -341,6 +341,22 @@ def takes_whole(layer: UpperLayer) -> TypeGuard[TakesWhole]:
     return hasattr(layer, "copy_in")
 
 
+class ReadsWhole(LowerLayer, Protocol):
+    """A lower layer that reads small files without opening them."""
+
+    def read_whole(self, key: Key, size: int) -> bytes | None:
+        """Return the first *size* bytes of a regular file. May block. EIO.
+
+        None if the file has holes, or is not small: open it.
+        """
+        ...
+
+
+def reads_whole(layer: LowerLayer) -> TypeGuard[ReadsWhole]:
+    """Whether a layer has :meth:`ReadsWhole.read_whole`."""
+    return hasattr(layer, "read_whole")
+
+
 class AddsFiles(UpperLayer, Protocol):
     """An upper layer that creates most files quickly."""
 

@@ -254,6 +254,10 @@ class SquashfsLayer:
         found = data.try_pread(size, offset)
         return data.pread(size, offset) if found is None and may_block() else found
 
+    def read_whole(self, key: int, size: int) -> bytes | None:
+        data = self._image.data(key)
+        return data.pread(size, 0) if data.is_small and not data.has_holes() else None
+
     def statfs(self) -> FsStats:
         """Return the figures as the kernel's squashfs does: everything used, nothing free."""
         sb = self._image.superblock

@@ -9,7 +9,7 @@ import os
 from contextlib import closing
 
 from cowfs.layers import acl
-from cowfs.layers.base import takes_whole
+from cowfs.layers.base import reads_whole, takes_whole
 from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.install import place_of, set_upper
 from cowfs.overlay.node import Node
@@ -58,8 +58,13 @@ def _data_of(fs: OverlayFs, node: Node, size: int) -> bytes | None:
     """Return the first *size* bytes of a lower file; None if they contain holes."""
     if not size:
         return b""
-    layer, key = node.lowers[-1]
-    with closing(fs.lowers[layer].open(key, os.O_RDONLY)) as source:
+    number, key = node.lowers[-1]
+    layer = fs.lowers[number]
+    if reads_whole(layer):
+        whole = layer.read_whole(key, size)
+        if whole is not None and len(whole) == size:
+            return whole
+    with closing(layer.open(key, os.O_RDONLY)) as source:
         if next(source.segments(size), None) != (0, size):
             return None
         data = source.pread(size, 0)

@@ -60,6 +60,7 @@ class Image(Opened):
         super().__init__(fd, name, **how)
         self._attr = ffi.new("struct x3_attr *")
         self._new = ffi.new("struct x3_new *")
+        self._copy = ffi.new("struct x3_copy *")
         self._attr_bytes = ffi.buffer(self._attr)
         self._directories = Directories(self._list, self._large)
 
@@ -262,7 +263,7 @@ class Image(Opened):
         *fields*: mode, owner and group; *times*: atime and mtime in ns. Keeps the mtime of the directory.
         """
         names = self.names(directory)
-        new = ffi.new("struct x3_copy *")
+        new = self._copy
         new.mode, new.uid, new.gid = fields
         new.atime_ns, new.mtime_ns = number_of(times[0]), number_of(times[1])
         kept, kept_attrs = ffi.from_buffer(CHARS, data), _pack_xattrs(attrs)

@@ -223,6 +223,10 @@ class FileData:
         """Whether the file is too small for readahead."""
         return self._count <= _FEW
 
+    def has_holes(self) -> bool:
+        """Whether blocks are not stored, because they are zeros. May block. EIO."""
+        return self._map is not None and not all(self._map[number].word for number in range(self._count))
+
     def try_pread(self, size: int, offset: int) -> bytes | None:
         """Return what :meth:`pread` returns, or None if it must decompress for over half a ms. EIO.
 
