@@ -268,6 +268,25 @@ static void on_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t
 		theirs.mkdir(req, parent, name, mode);
 }
 
+static void on_symlink(fuse_req_t req, const char *target, fuse_ino_t parent, const char *name)
+{
+	if (!shortcut_symlink(req, target, parent, name))
+		theirs.symlink(req, target, parent, name);
+}
+
+static void on_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char *name)
+{
+	if (!shortcut_link(req, ino, parent, name))
+		theirs.link(req, ino, parent, name);
+}
+
+static void on_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t to, const char *new_name,
+		      unsigned flags)
+{
+	if (flags || !shortcut_rename(req, parent, name, to, new_name))
+		theirs.rename(req, parent, name, to, new_name, flags);
+}
+
 static void on_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
 {
 	if (!shortcut_unlink(req, parent, name))
@@ -333,6 +352,13 @@ static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, s
 		fuse_reply_lseek(req, place);
 }
 
+/* Answer with on_X what pyfuse3 has a handler for. */
+#define WRAP(X)                          \
+	do {                             \
+		if (theirs.X)            \
+			ours.X = on_##X; \
+	} while (0)
+
 /* Return the handlers to pass to libfuse instead of pyfuse3's, and their size. */
 static const struct fuse_lowlevel_ops *wrap_handlers(const struct fuse_lowlevel_ops *op, size_t *size)
 {
@@ -353,26 +379,19 @@ static const struct fuse_lowlevel_ops *wrap_handlers(const struct fuse_lowlevel_
 	} else {
 		knows_files = false;
 	}
-	if (theirs.getxattr)
-		ours.getxattr = on_getxattr;
-	if (theirs.listxattr)
-		ours.listxattr = on_listxattr;
-	if (theirs.setxattr)
-		ours.setxattr = on_setxattr;
-	if (theirs.getattr)
-		ours.getattr = on_getattr;
-	if (theirs.release)
-		ours.release = on_release;
-	if (theirs.setattr)
-		ours.setattr = on_setattr;
-	if (theirs.lookup)
-		ours.lookup = on_lookup;
-	if (theirs.create)
-		ours.create = on_create;
-	if (theirs.mkdir)
-		ours.mkdir = on_mkdir;
-	if (theirs.unlink)
-		ours.unlink = on_unlink;
+	WRAP(getxattr);
+	WRAP(listxattr);
+	WRAP(setxattr);
+	WRAP(getattr);
+	WRAP(setattr);
+	WRAP(release);
+	WRAP(lookup);
+	WRAP(create);
+	WRAP(mkdir);
+	WRAP(symlink);
+	WRAP(link);
+	WRAP(unlink);
+	WRAP(rename);
 	if (seeker)
 		ours.lseek = on_lseek;
 	wrapped = true;

@@ -15,14 +15,21 @@
 #include "store_inodes.h"
 
 /* The functions of Shortcuts (shortcuts.py), in the order of NAMES. NULL: pyfuse3's handlers answer. */
-enum function { LOOKUP, CREATE, MKDIR, UNLINK, READ, HAS_NO_XATTRS, FUNCTIONS };
-static const char *const NAMES[] = { "lookup", "create", "mkdir", "unlink", "read", "has_no_xattrs" };
+enum function { LOOKUP, CREATE, MKDIR, SYMLINK, LINK, UNLINK, RENAME, READ, HAS_NO_XATTRS, FUNCTIONS };
+static const char *const NAMES[] = { "lookup", "create", "mkdir", "symlink",      "link",
+				     "unlink", "rename", "read",  "has_no_xattrs" };
 static PyObject *functions[FUNCTIONS];
 
 void shortcuts_reset(void)
 {
 	for (int i = 0; i < FUNCTIONS; i++)
 		Py_CLEAR(functions[i]);
+}
+
+/* Whether a function that changes something may be called. */
+static bool may_change(enum function which)
+{
+	return functions[which] && store_may_change();
 }
 
 /* Call a function; return its result, NULL if that is None, or if there was an exception, which is logged. */
@@ -50,52 +57,82 @@ static PyObject *call_by_name(enum function which, fuse_ino_t parent, const char
 	return call(which, arguments, 2);
 }
 
-bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
+/* Describe what a function has found in *entry*; false if it has found nothing. */
+static bool parse(enum function which, PyObject *found, struct fuse_entry_param *entry)
 {
-	if (!functions[LOOKUP] || !strcmp(name, ".") || !strcmp(name, ".."))
-		return false;
-	PyObject *result = call_by_name(LOOKUP, parent, name);
-	struct fuse_entry_param entry = { .attr_timeout = FOREVER, .entry_timeout = FOREVER };
-	struct stat *to = &entry.attr;
-	unsigned long long ino = 0, generation, rdev, size, blocks, links;
+	unsigned long long ino, generation, rdev, size, blocks, links;
 	unsigned block_size;
 	long long atime, mtime, ctime;
-	if (!result)
+	struct stat *to = &entry->attr;
+
+	*entry = (struct fuse_entry_param){ .attr_timeout = FOREVER, .entry_timeout = FOREVER };
+	if (found == Py_False)
 		return false;
-	if (result != Py_False) {
-		if (!PyArg_ParseTuple(result, "KKIKIIKKKILLL", &ino, &generation, &to->st_mode, &links, &to->st_uid,
-				      &to->st_gid, &rdev, &size, &blocks, &block_size, &atime, &mtime, &ctime)) {
-			PyErr_WriteUnraisable(functions[LOOKUP]);
-			Py_DECREF(result);
-			return false;
-		}
-		entry.ino = to->st_ino = ino;
-		entry.generation = generation;
-		to->st_nlink = links;
-		to->st_rdev = rdev;
-		to->st_size = (off_t)size;
-		to->st_blocks = (blkcnt_t)blocks;
-		to->st_blksize = block_size;
-		to->st_atim = to_timespec(atime);
-		to->st_mtim = to_timespec(mtime);
-		to->st_ctim = to_timespec(ctime);
+	if (!PyArg_ParseTuple(found, "KKIKIIKKKILLL", &ino, &generation, &to->st_mode, &links, &to->st_uid, &to->st_gid,
+			      &rdev, &size, &blocks, &block_size, &atime, &mtime, &ctime)) {
+		PyErr_WriteUnraisable(functions[which]);
+		return false;
 	}
-	Py_DECREF(result);
-	fuse_reply_entry(req, &entry);
+	entry->ino = to->st_ino = ino;
+	entry->generation = generation;
+	to->st_nlink = links;
+	to->st_rdev = rdev;
+	to->st_size = (off_t)size;
+	to->st_blocks = (blkcnt_t)blocks;
+	to->st_blksize = block_size;
+	to->st_atim = to_timespec(atime);
+	to->st_mtim = to_timespec(mtime);
+	to->st_ctim = to_timespec(ctime);
 	return true;
 }
 
-/* Have a function create an inode, and describe it in *entry*; false if it has done nothing. */
-static bool make(enum function which, fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode,
+bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
+{
+	struct fuse_entry_param entry;
+
+	if (!functions[LOOKUP] || !strcmp(name, ".") || !strcmp(name, ".."))
+		return false;
+	PyObject *found = call_by_name(LOOKUP, parent, name);
+	if (!found)
+		return false;
+	parse(LOOKUP, found, &entry);
+	Py_DECREF(found);
+	fuse_reply_entry(req, &entry); /* without an inode, the kernel remembers that the name does not exist */
+	return true;
+}
+
+bool shortcut_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char *name)
+{
+	struct fuse_entry_param entry;
+
+	if (!may_change(LINK))
+		return false;
+	PyObject *arguments[] = { PyLong_FromUnsignedLong(ino), PyLong_FromUnsignedLong(parent),
+				  PyBytes_FromString(name) };
+	PyObject *found = call(LINK, arguments, 3);
+	if (!found)
+		return false;
+	if (parse(LINK, found, &entry))
+		fuse_reply_entry(req, &entry);
+	else
+		fuse_reply_err(req, EIO);
+	Py_DECREF(found);
+	return true;
+}
+
+/* Have a function create an inode, and describe it in *entry*; false if it has done nothing. *what* is its mode, or the
+ * target of a symbolic link. */
+static bool make(enum function which, fuse_req_t req, fuse_ino_t parent, const char *name, PyObject *what,
 		 struct fuse_entry_param *entry)
 {
-	if (!functions[which] || !store_may_change())
-		return false;
 	const struct fuse_ctx *ctx = fuse_req_ctx(req);
 	PyObject *arguments[] = {
-		PyLong_FromUnsignedLong(parent),   PyBytes_FromString(name),
-		PyLong_FromUnsignedLong(mode),     PyLong_FromUnsignedLong(ctx->umask),
-		PyLong_FromUnsignedLong(ctx->uid), PyLong_FromUnsignedLong(ctx->gid),
+		PyLong_FromUnsignedLong(parent),
+		PyBytes_FromString(name),
+		what,
+		PyLong_FromUnsignedLong(ctx->umask),
+		PyLong_FromUnsignedLong(ctx->uid),
+		PyLong_FromUnsignedLong(ctx->gid),
 	};
 	PyObject *result = call(which, arguments, sizeof arguments / sizeof *arguments);
 	unsigned long long ino, generation;
@@ -117,7 +154,7 @@ bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t
 {
 	struct fuse_entry_param entry;
 
-	if (!make(CREATE, req, parent, name, mode, &entry))
+	if (!may_change(CREATE) || !make(CREATE, req, parent, name, PyLong_FromUnsignedLong(mode), &entry))
 		return false;
 	struct fuse_file_info opened = *fi;
 	opened.fh = 0;
@@ -130,24 +167,53 @@ bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t
 	return true;
 }
 
+static void reply_made(fuse_req_t req, const struct fuse_entry_param *entry)
+{
+	if (entry->ino)
+		fuse_reply_entry(req, entry);
+	else
+		fuse_reply_err(req, EIO);
+}
+
 bool shortcut_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode)
 {
 	struct fuse_entry_param entry;
 
-	if (!make(MKDIR, req, parent, name, mode, &entry))
+	if (!may_change(MKDIR) || !make(MKDIR, req, parent, name, PyLong_FromUnsignedLong(mode), &entry))
 		return false;
-	if (entry.ino)
-		fuse_reply_entry(req, &entry);
-	else
-		fuse_reply_err(req, EIO);
+	reply_made(req, &entry);
+	return true;
+}
+
+bool shortcut_symlink(fuse_req_t req, const char *target, fuse_ino_t parent, const char *name)
+{
+	struct fuse_entry_param entry;
+
+	if (!may_change(SYMLINK) || !make(SYMLINK, req, parent, name, PyBytes_FromString(target), &entry))
+		return false;
+	reply_made(req, &entry);
 	return true;
 }
 
 bool shortcut_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
 {
-	if (!functions[UNLINK] || !store_may_change())
+	if (!may_change(UNLINK))
 		return false;
 	PyObject *result = call_by_name(UNLINK, parent, name);
+	bool done = result == Py_True;
+	Py_XDECREF(result);
+	if (done)
+		fuse_reply_err(req, 0);
+	return done;
+}
+
+bool shortcut_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t to, const char *new_name)
+{
+	if (!may_change(RENAME))
+		return false;
+	PyObject *arguments[] = { PyLong_FromUnsignedLong(parent), PyBytes_FromString(name),
+				  PyLong_FromUnsignedLong(to), PyBytes_FromString(new_name) };
+	PyObject *result = call(RENAME, arguments, 4);
 	bool done = result == Py_True;
 	Py_XDECREF(result);
 	if (done)

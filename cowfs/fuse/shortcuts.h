@@ -17,7 +17,10 @@ void shortcuts_reset(void);
 bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name);
 bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, const struct fuse_file_info *fi);
 bool shortcut_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode);
+bool shortcut_symlink(fuse_req_t req, const char *target, fuse_ino_t parent, const char *name);
+bool shortcut_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char *name);
 bool shortcut_unlink(fuse_req_t req, fuse_ino_t parent, const char *name);
+bool shortcut_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t to, const char *new_name);
 bool shortcut_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset);
 bool shortcut_copy(fuse_req_t req); /* a request that came as a read with the handle number BEYOND */
 bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name);

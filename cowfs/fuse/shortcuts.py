@@ -14,6 +14,7 @@ from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.overlay.dir import Owner, add_file
 from cowfs.overlay.node import APART, LAYER, LAYER_BITS, Node
 from cowfs.overlay.overlay import Overlay
+from cowfs.types import Attr
 
 _NO_NAME = b"/"
 """What O_TMPFILE creates (``beyond.c``)."""
@@ -51,17 +52,18 @@ class Shortcuts:
             found = self._fs.lookup(parent, name)
             if found is None:
                 return False
-            node, attr = found
-            links = self._fs.nlink(node, attr)
+            return self._entry(*found) if _has_usual_times(found[1]) else None
         except Exception:
             return None
-        times = attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns
-        if max(times) >= _TOO_LATE or min(times) < -_TOO_LATE:
-            return None
+
+    def _entry(self, node: Node, attr: Attr) -> tuple[int, ...]:
+        """Count the kernel's reference to a node, and describe it."""
+        links = self._fs.nlink(node, attr)
         node.lookups += 1
         return (
             node.ino, node.generation, attr.st_mode, links, attr.st_uid, attr.st_gid, attr.st_rdev,
-            attr.st_size, attr.st_blocks, attr.st_blksize, *times,
+            attr.st_size, attr.st_blocks, attr.st_blksize,
+            attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns,
         )  # fmt: skip
 
     def create(self, ino: int, name: bytes, mode: int, umask: int, uid: int, gid: int) -> Made | None:
@@ -88,14 +90,51 @@ class Shortcuts:
         except Exception:
             return None
 
+    def symlink(self, ino: int, name: bytes, target: bytes, umask: int, uid: int, gid: int) -> Made | None:
+        """Create a symbolic link in the directory *ino*; it has no umask. None: ask the handler."""
+        del umask
+        parent = self._directory(ino)
+        if parent is None:
+            return None
+        try:
+            return _made(self._fs.symlink(parent, name, target, Owner(uid, gid))[0])
+        except Exception:
+            return None
+
+    def link(self, ino: int, parent_ino: int, name: bytes) -> tuple[int, ...] | None:
+        """Give the inode *ino* of a file of the store another name. None: ask the handler."""
+        parent, node = self._directory(parent_ino), self._nodes.get(ino)
+        if parent is None or node is None or not _is_simple(node):
+            return None
+        try:
+            if not _has_usual_times(self._fs.stat(node)):
+                return None
+            return self._entry(node, self._fs.link(node, parent, name))
+        except Exception:
+            return None
+
     def unlink(self, ino: int, name: bytes) -> bool | None:
         """Remove a name of a file of the store from the directory *ino*. None: ask the handler."""
         parent = self._directory(ino)
         node = None if parent is None else self._nodes.child(parent, name)
-        if parent is None or node is None or node.upper is None or node.copying is not None:
+        if parent is None or node is None or not _is_simple(node):
             return None
         try:
             self._fs.unlink(parent, name)
+            return True
+        except Exception:
+            return None
+
+    def rename(self, ino: int, name: bytes, new_ino: int, new_name: bytes) -> bool | None:
+        """Rename a file of the store, perhaps over another. None: ask the handler."""
+        parent, new_parent = self._directory(ino), self._directory(new_ino)
+        if parent is None or new_parent is None:
+            return None
+        node, target = self._nodes.child(parent, name), self._nodes.child(new_parent, new_name)
+        if node is None or not _is_simple(node) or (target is not None and not _is_simple(target)):
+            return None
+        try:
+            self._fs.rename(parent, name, new_parent, new_name)
             return True
         except Exception:
             return None
@@ -132,6 +171,17 @@ class Shortcuts:
         """Return the node of a directory that the image has; None if it has not."""
         node = self._nodes.get(ino)
         return None if node is None or node.upper is None or node.children is None or ino & APART else node
+
+
+def _has_usual_times(attr: Attr) -> bool:
+    """Whether C has numbers for the times."""
+    times = attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns
+    return max(times) < _TOO_LATE and min(times) >= -_TOO_LATE
+
+
+def _is_simple(node: Node) -> bool:
+    """Whether a node is no directory, and the store has all of it."""
+    return node.upper is not None and node.children is None and not node.metacopy and node.copying is None
 
 
 def _made(node: Node) -> Made:

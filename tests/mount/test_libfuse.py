@@ -42,7 +42,7 @@ def opening(init):
 Adapter.__init__ = opening(Adapter.__init__)
 for name in (
     "_beyond", "create", "getattr", "getxattr", "listxattr", "lookup", "mkdir", "opendir", "read", "readdir",
-    "readlink", "setattr", "setxattr", "unlink", "write",
+    "readlink", "rename", "setattr", "setxattr", "symlink", "unlink", "write", "link",
 ):
     setattr(Adapter, name, noting(name, getattr(Adapter, name)))
 sys.exit(main(sys.argv[2:]))
@@ -232,7 +232,20 @@ def over_squashfs(tmp_path: Path) -> Iterator[Noted]:
         yield noted
 
 
-_SHORTCUTS = ("_beyond", "create", "getxattr", "listxattr", "lookup", "mkdir", "read", "setxattr", "unlink")
+_SHORTCUTS = (
+    "_beyond",
+    "create",
+    "getxattr",
+    "listxattr",
+    "lookup",
+    "mkdir",
+    "read",
+    "setxattr",
+    "unlink",
+    "rename",
+    "link",
+    "symlink",
+)
 
 
 @needs_mksquashfs
@@ -252,13 +265,35 @@ def test_copying_and_removing_files_needs_no_coroutines(over_squashfs: Noted) ->
     assert (target / "sub/empty").stat().st_size == 0 == os.stat(target / "sub/empty").st_blocks
     with pytest.raises(FileNotFoundError):
         os.stat(target / "sub/none")
-    (target / "sub/small").unlink()
-    assert sorted(os.listdir(target / "sub")) == ["dir", "empty"]
+    (target / "sub/small").rename(target / "moved")
+    os.link(target / "moved", target / "linked")
+    assert os.stat(target / "linked").st_nlink == 2 == os.stat(target / "moved").st_nlink
+    (target / "sub/empty").replace(target / "moved")
+    assert ((target / "moved").read_bytes(), (target / "linked").read_bytes()) == (b"", b"small\n")
+    assert os.stat(target / "linked").st_nlink == 1
+    (target / "sub/link").symlink_to("../linked")
+    assert (target / "sub/link").read_bytes() == b"small\n"
+    (target / "moved").unlink()
+    assert sorted(os.listdir(target)) == ["linked", "sub"]
+    assert sorted(os.listdir(target / "sub")) == ["dir", "link"]
     assert [kind for kind in _SHORTCUTS if over_squashfs.requests(kind)] == []
     run("cp", "-a", top / "file", top / "large", target)  # one is in the store, one is not little
     assert over_squashfs.requests("_beyond")
     assert (target / "file").stat().st_mode == 0o101640
     assert (target / "large").read_bytes() == b"below\n" * 200_000
+
+
+@needs_mksquashfs
+def test_links_of_files_with_times_that_are_far_off(over_squashfs: Noted) -> None:
+    path = over_squashfs.path / "new"
+    for second in (2**33 + 2**30, -(2**31) + 5, 7):  # in the years 2276, 1901, 1970
+        path.touch()
+        os.utime(path, (second, second))
+        os.link(path, over_squashfs.path / f"linked {second}")
+        (over_squashfs.path / f"linked {second}").rename(over_squashfs.path / "moved")
+        now = (over_squashfs.path / "moved").stat()
+        assert (now.st_atime, now.st_mtime, now.st_nlink) == (second, second, 2)
+        (over_squashfs.path / "moved").unlink()
 
 
 @needs_root
