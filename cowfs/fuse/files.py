@@ -21,6 +21,7 @@ from cowfs.fuse.open_files import OpenFiles
 from cowfs.fuse.owners import OwnerMap
 from cowfs.fuse.quotas import Bounds
 from cowfs.layers.base import File
+from cowfs.layers.ext3_file import Ext3File
 from cowfs.layers.reopened import at_hand
 from cowfs.layers.slow import SlowFile
 from cowfs.layers.squashfs import SquashfsFile
@@ -315,8 +316,9 @@ class FileHandlers(NodeHandlers):
                     await self._synced(file, datasync)
 
     async def _synced(self, file: File, datasync: bool) -> None:
+        is_brief = isinstance(file, Ext3File) and file.is_little_to_sync()
         try:
-            await self._threads.do(lambda: file.fsync(datasync))
+            await self._threads.do(lambda: file.fsync(datasync), is_brief=is_brief)
         except OSError as failure:
             self._fs.host.not_saved(failure)
             raise

@@ -427,6 +427,18 @@ static PyObject *py_give_core(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *py_retake_core(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	if (ring_mine && !ring_mine->locked) {
+		Py_BEGIN_ALLOW_THREADS
+		core_lock_take();
+		Py_END_ALLOW_THREADS
+		ring_mine->locked = true;
+	}
+	Py_RETURN_NONE;
+}
+
 /* Wait in the ring, not in poll(2): at unmount, the kernel waits until the completions are taken. */
 static void send_until_quit(struct ring *ring)
 {
@@ -495,5 +507,7 @@ PyMethodDef ring_methods[] = {
 	  "watch_pauses(call): set a function to call before a request that comes after a pause." },
 	{ "core_give", py_give_core, METH_NOARGS,
 	  "core_give(): release the core lock if this thread serves a ring and holds it." },
+	{ "core_retake", py_retake_core, METH_NOARGS,
+	  "core_retake(): take the core lock again after core_give(). Blocks." },
 	{ NULL, NULL, 0, NULL },
 };

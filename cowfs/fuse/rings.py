@@ -50,6 +50,11 @@ _SPARE = 4
 """How many coroutines are ready for requests before they are needed."""
 _WORKERS = 8
 """How many requests workers handle at most; others wait in trio."""
+_BRIEF = 0.001
+"""Seconds."""
+_IN_A_ROW = 4
+_PENALTY = 250
+"""After a call that was not brief, so many others run in workers."""
 _NEVER = 1 << 30
 _NO_MEMORY = 0.01
 """Seconds until a request is taken again for which memory was lacking."""
@@ -77,6 +82,8 @@ class _Work(NamedTuple):
     """Yielded by a coroutine that waits for some work."""
 
     call: Callable[[], Any]
+    is_brief: bool
+    """Whether it has little to wait for, if the disk is quick."""
 
 
 @types.coroutine
@@ -90,6 +97,7 @@ class _Job(NamedTuple):
     coroutine: Coroutine[Any, Any, None]
     context: Context
     call: Callable[[], Any]
+    is_brief: bool
 
     def go_on(self, value: Any, failure: BaseException | None) -> object:
         """Give the coroutine the result of the work; return what it waits for next, None if it has ended."""
@@ -128,6 +136,8 @@ class Rings:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
         self._working = 0
+        self._brief = 0
+        """How many calls that were said to be brief were, in a row; below 0 after one that was not."""
         self._all_done = trio.Event()
         self._token: trio.lowlevel.TrioToken
         self._nursery: trio.Nursery
@@ -220,9 +230,13 @@ class Rings:
         return True
 
     @staticmethod
-    async def work(call: Callable[[], R]) -> R:
-        """Run *call* in a worker and return its result; :meth:`may_work` was true."""
-        return cast("R", await _pause(_Work(call)))
+    async def work(call: Callable[[], R], *, is_brief: bool = False) -> R:
+        """Run *call* in a worker and return its result; :meth:`may_work` was true.
+
+        What *is_brief* runs in the ring's own thread if nobody else waits for that, and the last such calls
+        took less than a millisecond: switching to another thread and back would take as long.
+        """
+        return cast("R", await _pause(_Work(call, is_brief)))
 
     def in_trio(self, call: Callable[[], object]) -> None:
         """Run *call* in trio's thread, soon."""
@@ -254,6 +268,8 @@ class Rings:
                 coroutine, context = self._spare.popleft(), copy_context()
                 try:
                     why = context.run(coroutine.send, None)
+                    while isinstance(why, _Work) and why.is_brief and self._may_stay():
+                        why = self._stay(_Job(coroutine, context, why.call, why.is_brief))
                 except StopIteration:
                     break  # the session has ended
                 except Exception as failure:
@@ -264,7 +280,7 @@ class Rings:
                 ring.ring_leave()
                 if isinstance(why, _Work):
                     self._working += 1
-                    self._jobs.put(_Job(coroutine, context, why.call))
+                    self._jobs.put(_Job(coroutine, context, why.call, why.is_brief))
                     if not self._spare:
                         self._token.run_sync_soon(self._make)
                 else:
@@ -278,14 +294,36 @@ class Rings:
             self._token.run_sync_soon(self._has_left)
             ring.ring_finish()
 
+    def _may_stay(self) -> bool:
+        """Whether brief work may run in a ring's thread."""
+        return self._brief >= _IN_A_ROW and bool(libfuse.ring.ring_quiet())
+
+    def _stay(self, job: _Job) -> object:
+        """Do some brief work in a ring's thread, and continue."""
+        self.hurry(False)
+        libfuse.ring.core_give()
+        value, failure = self._timed(job.call)
+        libfuse.ring.core_retake()
+        self.hurry(True)
+        if failure is not None:
+            return job.context.run(job.coroutine.throw, failure)
+        return job.context.run(job.coroutine.send, value)
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        """Do some brief work; note whether it was."""
+        begun = time.monotonic()
+        outcome = _outcome(call)
+        self._brief = self._brief + 1 if time.monotonic() - begun < _BRIEF else -_PENALTY
+        return outcome
+
     def _work(self) -> None:
         """Run a worker."""
         ring = libfuse.ring
         _here.works = True
         while (job := self._jobs.get()) is not None:
-            why: object = _Work(job.call)
+            why: object = _Work(job.call, job.is_brief)
             while isinstance(why, _Work):
-                value, failure = _outcome(why.call)
+                value, failure = self._timed(why.call) if why.is_brief else _outcome(why.call)
                 ring.core_take()
                 _here.serves = True
                 self.hurry(True)

@@ -15,6 +15,7 @@ from cowfs.linux import files
 from cowfs.types import Attr
 
 _CHUNK = 1 << 20
+_LITTLE = 1 << 20
 _HIDDEN = b"#in-use-%d"
 _CAPABILITY = b"security.capability"
 
@@ -195,6 +196,10 @@ class Ext3File:
         if self._seen != self._capabilities.count:
             self._seen = self._capabilities.count
             self._capabilities.drop(self._ino)
+
+    def is_little_to_sync(self) -> bool:
+        """Whether :meth:`fsync` has less than a MiB to write, of all files of the image."""
+        return self._image.unsynced() < _LITTLE
 
     def fsync(self, datasync: bool) -> None:
         self._image.fsync(self._ino, datasync)

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import Mounted, cowfs, eventually, is_mounted, mounted
+from tests.support.mounts import (
+    Mounted,
+    cowfs,
+    eventually,
+    is_mounted,
+    mount_arguments,
+    mounted,
+    project_root,
+)
 from tests.support.system import as_nobody_prefix, needs_root, run
 from tests.support.transport import IO_URING, SWITCH
 
@@ -177,6 +185,79 @@ def test_room_that_was_given_back_is_there_at_once(mount: Mounted) -> None:
     for _ in range(3):
         (mount.path / "huge").write_bytes(bytes(70 << 20))
         os.unlink(mount.path / "huge")
+
+
+# A disk that is quick, then slow once, then hangs until the test writes to a FIFO.
+_SLOW_DISK = """
+import os, sys, time
+from cowfs.cli.main import main
+from cowfs.fuse.adapter import Adapter
+from cowfs.layers.ext3_file import Ext3File
+
+number = 0
+
+def opening(init):
+    def opened(self, *arguments, **more):
+        global fifo, number
+        fifo, number = os.open(sys.argv[1], os.O_RDWR), 0
+        init(self, *arguments, **more)
+    return opened
+
+def slow(fsync):
+    def slowed(self, datasync):
+        global number
+        number += 1
+        if number == 20:
+            time.sleep(0.05)
+        elif number > 20:
+            os.read(fifo, 1)
+        fsync(self, datasync)
+    return slowed
+
+Adapter.__init__ = opening(Adapter.__init__)
+Ext3File.fsync = slow(Ext3File.fsync)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_slow_disk_does_not_hold_up_others_on_the_same_cpu(tmp_path: Path) -> None:
+    """A quick fsync is done where the requests of its CPU arrive; those that take longer are not."""
+    fifo, path = tmp_path / "fifo", tmp_path / "mnt"
+    os.mkfifo(fifo)
+    (tmp_path / "lower").mkdir()
+    path.mkdir()
+    cowfs("create", tmp_path / "s.bs", "16", check=True)
+    mounting = mount_arguments(tmp_path / "lower", path, tmp_path / "s.bs", options=["io_uring=on"])
+    run(sys.executable, "-c", _SLOW_DISK, fifo, *mounting, cwd=project_root())
+    release = os.open(fifo, os.O_RDWR)
+    cpu = min(os.sched_getaffinity(0))
+
+    def sync(times: int) -> None:
+        os.sched_setaffinity(0, {cpu})  # of this thread
+        with (path / "file").open("wb", buffering=0) as file:
+            for _ in range(times):
+                file.write(b"x")
+                os.fsync(file.fileno())
+
+    def look() -> list[str]:
+        os.sched_setaffinity(0, {cpu})
+        (path / "other").touch()
+        return sorted(os.listdir(path))
+
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            threads.submit(sync, 20).result()
+            syncing = threads.submit(sync, 1)
+            try:
+                assert threads.submit(look).result(timeout=60) == ["file", "other"]
+                assert not syncing.done()
+            finally:
+                os.write(release, b"x" * 8)
+            syncing.result()
+    finally:
+        os.write(release, b"x" * 8)
+        assert cowfs("umount", path).returncode == 0
+        os.close(release)
 
 
 @pytest.mark.parametrize("how", ["umount", "term", "kill"])

@@ -408,6 +408,9 @@ int x3_checkpoint(x3_image *img);
 /* Free the cached blocks that can be read again. */
 void x3_shrink(x3_image *img);
 
+/* Return about how many bytes the next commit and its barriers have to write to disk. Does not block. */
+uint64_t x3_unsynced(x3_image *img);
+
 /* Return 1 if there are uncommitted changes, else 0. */
 int x3_dirty(x3_image *img);
 

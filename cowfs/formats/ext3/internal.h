@@ -156,8 +156,9 @@ struct x3_image {
 	uint64_t barriers, bytes_written;
 	pthread_mutex_t sync_lock; /* held during a barrier; protects the barriers' numbers */
 	uint64_t barrier_nr;
-	uint64_t writes; /* number of writes; atomic */
-	uint64_t synced; /* number of writes that the last successful barrier covers; UINT64_MAX: unknown */
+	uint64_t writes;       /* number of writes; atomic */
+	uint64_t bytes_synced; /* how much of bytes_written the last successful barrier covers; atomic */
+	uint64_t synced;       /* number of writes that the last successful barrier covers; UINT64_MAX: unknown */
 	int inject_kind, inject_error, inject_sticky;
 	int64_t inject_nth;
 	bool inject_holds;

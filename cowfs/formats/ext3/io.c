@@ -136,7 +136,7 @@ int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 /* Block until everything written before is on disk. Return at once if the last barrier covers it. */
 int io_barrier(x3_image *img)
 {
-	uint64_t nr, writes;
+	uint64_t nr, writes, bytes;
 	int error;
 
 	pthread_mutex_lock(&img->sync_lock);
@@ -145,6 +145,7 @@ int io_barrier(x3_image *img)
 		pthread_mutex_unlock(&img->sync_lock);
 		return 0;
 	}
+	bytes = __atomic_load_n(&img->bytes_written, __ATOMIC_RELAXED);
 	nr = ++img->barrier_nr;
 	unsynced_begin(img, nr);
 	error = injected(img, X3_FDATASYNC);
@@ -155,6 +156,7 @@ int io_barrier(x3_image *img)
 	pthread_mutex_unlock(&img->sync_lock);
 	if (error)
 		return error;
+	__atomic_store_n(&img->bytes_synced, bytes, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&img->barriers, 1, __ATOMIC_RELAXED);
 	return 0;
 }

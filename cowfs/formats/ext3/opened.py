@@ -242,6 +242,10 @@ class Opened:
         """Write all changes so far to disk. Blocks."""
         self._done(lib.x3_commit(self.handle))
 
+    def unsynced(self) -> int:
+        """Return about how many bytes the next commit has to write to disk. Does not block."""
+        return int(lib.x3_unsynced(self.handle))
+
     def checkpoint(self) -> None:
         """Commit, and empty the journal. Blocks."""
         self._done(lib.x3_checkpoint(self.handle))

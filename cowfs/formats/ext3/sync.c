@@ -69,6 +69,14 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 	return error;
 }
 
+uint64_t x3_unsynced(x3_image *img)
+{
+	uint64_t synced = __atomic_load_n(&img->bytes_synced, __ATOMIC_RELAXED);
+
+	return __atomic_load_n(&img->bytes_written, __ATOMIC_RELAXED) - synced +
+	       (uint64_t)__atomic_load_n(&img->ndirty, __ATOMIC_RELAXED) * img->bs;
+}
+
 int x3_dirty(x3_image *img)
 {
 	int dirty;
