@@ -240,7 +240,7 @@ static void on_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const 
 
 static void on_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	if (!store_getattr(req, ino))
+	if (!store_getattr(req, ino) && !shortcut_getattr(req, ino))
 		theirs.getattr(req, ino, fi);
 }
 

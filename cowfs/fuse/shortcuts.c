@@ -15,9 +15,9 @@
 #include "store_inodes.h"
 
 /* The functions of Shortcuts (shortcuts.py), in the order of NAMES. NULL: pyfuse3's handlers answer. */
-enum function { LOOKUP, CREATE, MKDIR, SYMLINK, LINK, UNLINK, RENAME, READ, HAS_NO_XATTRS, FUNCTIONS };
-static const char *const NAMES[] = { "lookup", "create", "mkdir", "symlink",      "link",
-				     "unlink", "rename", "read",  "has_no_xattrs" };
+enum function { LOOKUP, GETATTR, CREATE, MKDIR, SYMLINK, LINK, UNLINK, RENAME, READ, HAS_NO_XATTRS, FUNCTIONS };
+static const char *const NAMES[] = { "lookup", "getattr", "create", "mkdir", "symlink",
+				     "link",   "unlink",  "rename", "read",  "has_no_xattrs" };
 static PyObject *functions[FUNCTIONS];
 
 void shortcuts_reset(void)
@@ -99,6 +99,19 @@ bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
 	Py_DECREF(found);
 	fuse_reply_entry(req, &entry); /* without an inode, the kernel remembers that the name does not exist */
 	return true;
+}
+
+bool shortcut_getattr(fuse_req_t req, fuse_ino_t ino)
+{
+	struct fuse_entry_param entry;
+	PyObject *number = functions[GETATTR] ? PyLong_FromUnsignedLong(ino) : NULL;
+	PyObject *found = number ? call(GETATTR, &number, 1) : NULL;
+	bool done = found && parse(GETATTR, found, &entry);
+
+	Py_XDECREF(found);
+	if (done)
+		fuse_reply_attr(req, &entry.attr, FOREVER);
+	return done;
 }
 
 bool shortcut_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char *name)

@@ -56,10 +56,25 @@ class Shortcuts:
         except Exception:
             return None
 
+    def getattr(self, ino: int) -> tuple[int, ...] | None:
+        """Return the same for the inode *ino*. None: ask the handler."""
+        node = self._nodes.get(ino)
+        if node is None:
+            return None
+        try:
+            attr = self._fs.stat(node)
+            return self._description(node, attr) if _has_usual_times(attr) else None
+        except Exception:
+            return None
+
     def _entry(self, node: Node, attr: Attr) -> tuple[int, ...]:
-        """Count the kernel's reference to a node, and describe it."""
-        links = self._fs.nlink(node, attr)
+        """Describe a node, and count the kernel's reference to it."""
+        described = self._description(node, attr)
         node.lookups += 1
+        return described
+
+    def _description(self, node: Node, attr: Attr) -> tuple[int, ...]:
+        links = self._fs.nlink(node, attr)
         return (
             node.ino, node.generation, attr.st_mode, links, attr.st_uid, attr.st_gid, attr.st_rdev,
             attr.st_size, attr.st_blocks, attr.st_blksize,
