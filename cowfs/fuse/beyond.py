@@ -155,7 +155,7 @@ class BeyondHandlers(FileHandlers):
         data = self._little(source, source_at, length)
         if data is not None and not target.is_synchronous:
             if not self._fs.is_long_to_write(target, len(data), at):
-                return self._fs.write(target, data, at)
+                return self._write(target, data, at)
         with (
             self._unopened.in_use(node),
             self._unopened.in_use(target_node),
@@ -167,6 +167,15 @@ class BeyondHandlers(FileHandlers):
             if isinstance(from_, SlowFile):
                 return await self._threads.run_patiently(copy, self._threads.slow_reads, asked.uid)
             return await self._threads.run(copy, self._threads.reads, asked.uid)
+
+    def _write(self, target: Handle, data: bytes, at: int) -> int:
+        """Write data; return how much of it had room. ENOSPC if nothing had."""
+        try:
+            return self._fs.write(target, data, at)
+        except NoRoom as failure:
+            if not failure.written:
+                raise
+            return failure.written
 
     def _little(self, source: Handle, at: int, length: int) -> bytes | None:
         """Return the data to copy if it is little and at hand: then no thread is worth it."""
