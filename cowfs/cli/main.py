@@ -156,7 +156,7 @@ def _run(args: list[str]) -> int:
         unknown = []
     if unknown:
         (of_commands.get(parsed.subcommand) or parser).error(f"unrecognized arguments: {' '.join(unknown)}")
-    _refuse_empty(parsed, of_commands.get(parsed.subcommand) or parser)
+    _refuse_empty(args, parsed, of_commands.get(parsed.subcommand) or parser)
     if command:
         parsed.command = command
     if getattr(parsed, "quiet", False):
@@ -170,11 +170,13 @@ def _run(args: list[str]) -> int:
         return int(parsed.run(parsed))
 
 
-def _refuse_empty(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _refuse_empty(args: list[str], given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Exit with a usage error for an empty argument, which would otherwise mean the current directory."""
     for name, value in vars(given).items():
         if value == "" and parser.get_default(name) != "":
-            parser.error(f"an empty argument was given for {name.upper()}: is a shell variable unset?")
+            option = f"--{name.replace('_', '-')}"
+            shown = option if any(word.split("=")[0] == option for word in args) else name.upper()
+            parser.error(f"an empty argument was given for {shown}: is a shell variable unset?")
 
 
 def _after_subcommand(args: list[str]) -> list[str]:

@@ -47,7 +47,7 @@ EMPTY, UNSET = "an empty argument was given for", ": is a shell variable unset?"
         (["umuont", "mnt"], "unknown subcommand 'umuont'; did you mean 'umount'?"),
         (["difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
         (["crate", "s.bs", "16"], "unknown subcommand 'crate'; did you mean 'create'?"),
-        (["mount", "/usr", "/mnt", "--store="], f"{EMPTY} STORE{UNSET} (see `cowfs mount --help`)"),
+        (["mount", "/usr", "/mnt", "--store="], f"{EMPTY} --store{UNSET} (see `cowfs mount --help`)"),
         (["umount", ""], f"{EMPTY} MOUNTPOINT{UNSET} (see `cowfs umount --help`)"),
         (["grow", "", "1G"], f"{EMPTY} STORE{UNSET} (see `cowfs grow --help`)"),
         (["-q", "difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
