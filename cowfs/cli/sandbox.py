@@ -18,6 +18,7 @@ from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, SystemFailure, UsageError
 from cowfs.linux import mounts
 from cowfs.linux.mount_table import MountInfo, mountinfo, visible
+from cowfs.linux.sockets import control_directories
 from cowfs.url.names import is_url
 
 _KERNELS = frozenset(
@@ -70,7 +71,8 @@ class Sandbox:
         except OSError as error:
             raise SystemFailure(f"{private}: {error.strerror}") from None
         self.parts: list[Part] = []
-        self._mounted: list[str] = []
+        self._mounted: list[tuple[str, bool]] = []
+        """The mountpoints, and whether a union is mounted there."""
 
     @property
     def is_directory(self) -> bool:
@@ -80,10 +82,11 @@ class Sandbox:
         """Mount everything. CowfsError; :attr:`parts` then lists what is already mounted."""
         self._cover(self._lower, "", self._args.store or "memory")
         shown: list[str] = []
+        sockets = self._socket_directories()
         for each in self._inside:
             place = os.fsdecode(each.mountpoint)
             at = os.path.relpath(place, self._lower)
-            if any(at == above or at.startswith(f"{above}/") for above in ("dev", *shown)):
+            if any(at == above or at.startswith(f"{above}/") for above in ("dev", *shown, *sockets)):
                 continue
             if each.fstype in _KERNELS:
                 shown.append(at)
@@ -97,6 +100,8 @@ class Sandbox:
         if self._is_directory("dev"):
             self._bind(self._make_dev(), "dev")
         self._hide_store()
+        for at in filter(self._is_directory, sockets):
+            self._mount(at, "tmpfs", "mode=700")
 
     def enter(self) -> None:
         """Make this the root of the process; keep the working directory if it exists in the root."""
@@ -107,10 +112,9 @@ class Sandbox:
 
     def close(self, unmount: Callable[[str], object]) -> None:
         """Unmount everything, the unions by *unmount*."""
-        unions = {part.mountpoint for part in self.parts}
         while self._mounted:
-            path = self._mounted.pop()
-            if path in unions:
+            path, is_union = self._mounted.pop()
+            if is_union:
                 unmount(path)
             else:
                 with suppress(OSError):
@@ -165,13 +169,13 @@ class Sandbox:
         args.store = store
         is_new = store != "memory" and not os.path.lexists(store)
         mount.mounted(args, hides_store=True)
-        self._mounted.append(args.mountpoint)
+        self._mounted.append((args.mountpoint, True))
         self.parts.append(Part(lower, args.mountpoint, os.fsencode(at), store, is_new))
 
     def _bind(self, source: str, at: str, *, readonly: bool = False) -> None:
         try:
             mounts.bind(source, os.path.join(self.path, at), readonly=readonly)
-            self._mounted.append(os.path.join(self.path, at))
+            self._mounted.append((os.path.join(self.path, at), False))
         except OSError as error:
             warn(f"{source} is not available to the command: {error.strerror}")
 
@@ -180,7 +184,7 @@ class Sandbox:
         try:
             with mounts.reached(os.path.join(self.path, at)) as place:
                 mounts.mount("cowfs", place, fstype, flags, options)
-            self._mounted.append(os.path.join(self.path, at))
+            self._mounted.append((os.path.join(self.path, at), False))
         except OSError as error:
             shown = os.path.normpath(f"/{at}")
             raise SystemFailure(f"{shown}: cannot be mounted for the command: {error.strerror}") from None
@@ -227,6 +231,16 @@ class Sandbox:
                 self._mount(at, "tmpfs", "mode=0", readonly=True)
             else:
                 self._bind("/dev/null", at)
+
+    def _socket_directories(self) -> list[str]:
+        """Return the directories for the sockets of daemons, of which the command gets its own, empty ones.
+
+        In the merged tree the sockets of the system's daemons seem dead. A mount by the command would remove
+        them, and a commit would then remove those of the system.
+        """
+        if not self._is_host():
+            return []
+        return [os.path.relpath(directory, "/") for directory in control_directories(os.geteuid())]
 
 
 def _is_of_another_user(each: MountInfo) -> bool:

@@ -100,6 +100,13 @@ def test_a_mount_of_a_user_that_hangs_holds_up_nothing(root: Path) -> None:
     assert (done.returncode, done.stdout[:2]) == (0, "ro"), done
 
 
+def test_the_systems_daemons_keep_their_sockets() -> None:
+    """In the merged tree they seem dead: a mount there would remove them, and a commit would do so too."""
+    script = "ls -A /run/cowfs; echo 1 >/run/cowfs/new"
+    done = cowfs("run", "--root", "/", "--discard", "--", "sh", "-euc", script)
+    assert (done.returncode, done.stdout) == (0, ""), done
+
+
 def test_a_commit_does_what_the_command_does(root: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     run("cp", "-a", root, copy)
