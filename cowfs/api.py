@@ -383,7 +383,10 @@ def _tree_of(path: str, stack: ExitStack) -> str:
     if not _is_store(path):
         return path
     with closing(open_store(path, read_only=True)) as store:
-        given, offsets, data_only = recorded_lowers(path, store.header.lowers, ())
+        try:
+            given, offsets, data_only = recorded_lowers(path, store.header.lowers, ())
+        except UsageError as error:  # --lower is the one of the changes
+            raise UsageError(error.message, "mount it with its lower, and give the mountpoint") from None
     if data_only:
         raise UsageError(f"{path}: has data-only lowers", "mount it, and give the mountpoint")
     stack.enter_context(warm())  # which unmounts it, if we are killed

@@ -280,6 +280,8 @@ def test_into_another_store(made: tuple[Path, Snapshot], tmp_path: Path) -> None
     top, tree = made
     other, kept = tmp_path / "other.bs", tmp_path / "kept"
     cowfs("create", other, "32", check=True)
+    refused = cowfs("apply", top / "store.bs", other, "--lower", top / "lower")
+    assert refused.stderr.endswith("(mount it with its lower, and give the mountpoint)\n")
     with mounted(top / "lower", tmp_path / "mnt", other):
         (tmp_path / "mnt/own").write_text("mine")
         script("echo mine >old/new; echo z >z1/one; rm big", tmp_path / "mnt")
