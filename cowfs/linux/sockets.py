@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from cowfs.linux.fuse import FSTYPE
 from cowfs.linux.mount_table import mountinfo
 from cowfs.linux.namespaces import mounted_elsewhere
+from cowfs.linux.user_namespace import number_outside, ranges
 
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
@@ -29,10 +30,15 @@ _OF_THE_ROOT = "/run/initramfs/cowfs/world/run/cowfs"
 
 
 def control_directories(uid: int) -> list[str]:
-    """Return the directories that daemons of the user *uid* use for their sockets, the preferred first."""
+    """Return the directories that daemons of the user *uid* use for their sockets, the preferred first.
+
+    In a user namespace their names have the number outside: many users are root of theirs, and share /tmp.
+    """
     own = os.environ.get("XDG_RUNTIME_DIR") if uid == os.geteuid() else None
-    parents = dict.fromkeys(["/run"] * (uid == 0) + [own] * bool(own) + [f"/run/user/{uid}"])
-    return [*(f"{parent}/cowfs" for parent in parents), f"/tmp/cowfs-{uid}"]
+    outside = number_outside(uid, ranges("uid"))
+    number = uid if outside is None else outside
+    parents = dict.fromkeys(["/run"] * (uid == 0) + [own] * bool(own) + [f"/run/user/{number}"])
+    return [*(f"{parent}/cowfs" for parent in parents), f"/tmp/cowfs-{number}"]
 
 
 def open_control_directory() -> int:
