@@ -208,7 +208,7 @@ class HttpFile:
             if answer.getheader("Content-Encoding", "identity") != "identity":
                 raise Refused("the server compresses what it sends", "switch that off there for this file")
             if match is None:
-                raise Refused(NO_RANGES, NO_RANGES_HINT)
+                raise Refused("the server does not say which bytes it sends, of how many", NO_RANGES_HINT)
             first, last, size = map(int, match.groups())
             if first != start or last != min(start + length, size) - 1:
                 if version is not None and size != version.size:

@@ -20,7 +20,7 @@ from cowfs.url import http, names, opened
 from cowfs.url.http import HttpFile
 from cowfs.url.link import Link
 from cowfs.url.opened import Opened, open_url
-from cowfs.url.protocol import LONGEST, Kind, Unreachable, Version, pack, unpack
+from cowfs.url.protocol import LONGEST, Kind, Refused, Unreachable, Version, pack, unpack
 from cowfs.url.remote import BLOCK
 from cowfs.url.settings import Settings
 from cowfs.url.waiting import WouldWait, at_once
@@ -329,6 +329,20 @@ def test_so_is_one_after_which_the_server_closes(monkeypatch: pytest.MonkeyPatch
             eventually(is_over, "an end of it")
     thread.join(10)
     assert isinstance(results[0], Unreachable)
+
+
+@pytest.mark.parametrize("said", ["", "Content-Range: bytes 0-9/*\r\n", "Content-Range: bytes x-y/z\r\n"])
+def test_a_part_of_an_unknown_whole_is_refused_as_such(said: str) -> None:
+    head = f"HTTP/1.1 206 Partial Content\r\nConnection: close\r\n{said}Content-Length: 10\r\n\r\n1234567890"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        file = HttpFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", lambda _: None, timeout=60)
+        thread, results = in_thread(file.version)
+        with listener.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(head.encode())
+            thread.join(10)
+    assert isinstance(results[0], Refused)
+    assert "does not say which bytes it sends" in str(results[0])
 
 
 class Fetching:
