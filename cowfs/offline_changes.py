@@ -137,7 +137,10 @@ class OfflineChanges:
         self._trees: tuple[Tree, Tree] = self._before, self._after
         if out is not None:
             before = Merged(Stack([*self._older, *real], xattrs))
-            self._trees = before, RealOwners(self._after, (self._before, before), out)
+            self._trees = before, RealOwners(self._after, (self._before, before), out, self._renames)
+
+    def _renames(self) -> dict[bytes, bytes]:
+        return {change.path: change.source for change in self if change.source is not None}
 
     def __iter__(self) -> Iterator[Change]:
         return self._diff(directory_times=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from cowfs.changes.version import Node, Tree
@@ -19,8 +19,17 @@ class RealOwners:
     in the namespace can change it. So are those in its ACL.
     """
 
-    def __init__(self, after: Tree, before: tuple[Tree, Tree], owners: Translation) -> None:
-        """*before* is the tree before the changes, with the store's owners and with the real ones."""
+    def __init__(
+        self,
+        after: Tree,
+        before: tuple[Tree, Tree],
+        owners: Translation,
+        renames: Callable[[], dict[bytes, bytes]],
+    ) -> None:
+        """*before* is the tree before the changes, with the store's owners and with the real ones. *renames*
+        returns the old paths of renamed files and directories by the new ones; it may take long."""
+        self._renames = renames
+        self._sources: dict[bytes, bytes] | None = None
         self._after = after
         self._seen_before, self._before = before
         self._owners = owners
@@ -31,7 +40,7 @@ class RealOwners:
             return None
         attr = own_attr(found.attr)
         user, group = self._owners.user(attr.st_uid), self._owners.group(attr.st_gid)
-        was = self._before.node(path) if user is None or group is None else None
+        was = self._before.node(self._old_path(path)) if user is None or group is None else None
         if was is not None:
             user = was.attr.st_uid if user is None else user
             group = was.attr.st_gid if group is None else group
@@ -39,11 +48,26 @@ class RealOwners:
         attr.st_gid = attr.st_gid if group is None else group
         return replace(found, attr=attr, xattrs=functools.partial(self._xattrs, path, found))
 
+    def _old_path(self, path: bytes) -> bytes:
+        """Return the path before the changes of what is at *path* now."""
+        if self._before.node(path) is not None:
+            return path
+        if self._sources is None:
+            self._sources = self._renames()
+        above, rest = path, b""
+        while above:
+            if above in self._sources:
+                return self._sources[above] + rest
+            above, _, name = above.rpartition(b"/")
+            rest = b"/" + name + rest
+        return path
+
     def _xattrs(self, path: bytes, node: Node) -> dict[bytes, bytes]:
         found = node.xattrs()
         real = {name: self._owners.xattr(name, value) for name, value in found.items()}
         acls = ACLS & found.keys()
-        was, seen = (self._before.node(path), self._seen_before.node(path)) if acls else (None, None)
+        old_path = self._old_path(path) if acls else path
+        was, seen = (self._before.node(old_path), self._seen_before.node(old_path)) if acls else (None, None)
         if was is not None and seen is not None:
             old, shown = was.xattrs(), seen.xattrs()
             real |= {name: with_known(real[name], shown[name], old[name]) for name in acls & old.keys()}

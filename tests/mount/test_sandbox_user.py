@@ -38,6 +38,10 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     (root / "secret/third").hardlink_to(own / "first")  # so it is looked for everywhere
     for path in (own, own / "first", own / "group", root / "log", root / "other", root / "other/two"):
         os.chown(path, 65534, {"group": 4, "first": 65534}.get(path.name, -1))
+    (own / "old").mkdir()
+    (own / "old/in").write_text("1\n")
+    for path in (own / "old", own / "old/in"):
+        os.chown(path, 65534, 4)
     with_acls = [own / "group", root / "log"]
     (own / "open").write_text("to 7\n")
     os.chown(own / "open", 65534, 65534)
@@ -52,7 +56,7 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         command = ("run", "--root", root, "--commit", "--", "sh", "-euc")
         (own / "theirs/sub").mkdir(parents=True)
         (own / "theirs/sub/file").write_text("root's")
-        change = f"{script}rm ../file; echo >../new; rm -r theirs"
+        change = f"{script}rm ../file; echo >../new; rm -r theirs; mv old renamed"
         refused = cowfs(*command, change, nobody=True, env=env)
         assert refused.returncode == FAILED
         assert (own / "theirs/sub/file").exists()
@@ -70,9 +74,12 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         copied = nobody_path / "copied"
         run("cp", "-a", nobody_path / "before", copied)
         cowfs("apply", "--trust", kept, copied, check=True)
-        owners = {name: (copied / name).stat() for name in ("new", "log", "own/d/new", "own/group")}
+        owners = {
+            name: (copied / name).stat()
+            for name in ("new", "log", "own/d/new", "own/group", "own/renamed/in")
+        }
         assert [(info.st_uid, info.st_gid) for info in owners.values()] == [
-            (65534, 65534), (65534, 0), (65534, 65534), (65534, 4),
+            (65534, 65534), (65534, 0), (65534, 65534), (65534, 4), (65534, 4),
         ]  # fmt: skip
         assert of_others(copied / "log") == acls[1]
         done = cowfs(*command, script, nobody=True, env=env)
