@@ -300,7 +300,11 @@ def _conflicts(
 
     if target is not None:
         return list(conflicts(items, target, before, after)), False
-    with open_changes(root, tell=tell) as there:
+    with ExitStack() as stack:
+        try:
+            there = stack.enter_context(open_changes(root, tell=tell))
+        except UsageError as error:  # --lower is the one of the changes
+            raise UsageError(error.message, "mount it with its lower, and give the mountpoint") from None
         tree = there.tree()
         bad = list(conflicts_in_tree(items, tree, before, after))
         return bad, not bad and is_done(items, tree, before, after)
@@ -383,10 +387,7 @@ def _tree_of(path: str, stack: ExitStack) -> str:
     if not _is_store(path):
         return path
     with closing(open_store(path, read_only=True)) as store:
-        try:
-            given, offsets, data_only = recorded_lowers(path, store.header.lowers, ())
-        except UsageError as error:  # --lower is the one of the changes
-            raise UsageError(error.message, "mount it with its lower, and give the mountpoint") from None
+        given, offsets, data_only = recorded_lowers(path, store.header.lowers, ())
     if data_only:
         raise UsageError(f"{path}: has data-only lowers", "mount it, and give the mountpoint")
     stack.enter_context(warm())  # which unmounts it, if we are killed
