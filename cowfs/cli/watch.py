@@ -117,6 +117,8 @@ def _lines() -> Callable[[Event], None]:
             operation = f"\033[{_COLOURS.get(event.operation, 33)}m{operation}\033[0m"
         path = escape(event.path) or "/"
         to = "" if event.to is None else f" -> {escape(event.to)}"
-        print(f"{local(event.time)}  {operation} {path}{to}  {by(event.process)}")
+        # cowfs itself reverts
+        who = "" if event.operation == "revert" and event.process is None else f"  {by(event.process)}"
+        print(f"{local(event.time)}  {operation} {path}{to}{who}")
 
     return tell

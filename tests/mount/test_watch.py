@@ -243,7 +243,10 @@ def test_names_as_text_and_with_nul(in_memory: Mounted, tmp_path: Path) -> None:
 
 def test_what_is_taken_back_is_told(tmp_path: Path) -> None:
     with mounted(lay(tmp_path), tmp_path / "mnt", tmp_path / "store", options=["blame"]) as mount:
-        with watching(mount.path, tmp_path) as watch:
+        with (
+            watching(mount.path, tmp_path) as watch,
+            watching(mount.path, tmp_path, json_lines=False) as text,
+        ):
             os.rename(mount.path / "etc", mount.path / "moved")
             (mount.path / "moved/before").touch()
             cowfs("revert", mount.path, "--all", check=True)
@@ -251,6 +254,8 @@ def test_what_is_taken_back_is_told(tmp_path: Path) -> None:
             seen = watch.wait_for("create", "etc/after")
             assert ("create", "moved/before") in seen
             assert any(change[0] == "revert" for change in seen[seen.index(("create", "moved/before")) :])
+            eventually(lambda: b"etc/after" in text.out.read_bytes(), "all lines")
+            assert re.search(rb"  revert      \S+\n", text.out.read_bytes())
         done = cowfs("blame", mount.path, "etc/after", check=True).stdout
         assert "create, by" in done
 
