@@ -286,10 +286,10 @@ static bool has_no_xattrs(fuse_ino_t ino)
 bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name)
 {
 	static const char *const kinds[] = { "user.", "trusted.", "security.", "system.posix_acl_" };
-	bool known = false;
+	bool known = false; /* a kind without a name is not: EINVAL */
 
 	for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-		known = known || !strncmp(name, kinds[i], strlen(kinds[i]));
+		known = known || (!strncmp(name, kinds[i], strlen(kinds[i])) && name[strlen(kinds[i])]);
 	/* The handler notes who has asked for a capability. */
 	if (!known || !strcmp(name, "security.capability") || !has_no_xattrs(ino))
 		return false;

@@ -113,8 +113,11 @@ bool store_may_change(void)
 int store_entry(uint32_t inode, struct fuse_entry_param *entry)
 {
 	struct x3_attr attr;
-	int failure = store.getattr(store.image, inode, &attr);
+	int failure;
 
+	Py_BEGIN_ALLOW_THREADS
+	failure = store.getattr(store.image, inode, &attr);
+	Py_END_ALLOW_THREADS
 	entry->attr_timeout = entry->entry_timeout = FOREVER;
 	return failure ? failure : to_stat(&attr, 0, &entry->attr) ? 0 : -EOVERFLOW;
 }
@@ -212,10 +215,19 @@ bool store_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char
 	int mode = mode_of_acl(value, size);
 	uint32_t inode = mode < 0 ? 0 : find(ino, true);
 	struct x3_attr attr;
-	if (!inode || store.getattr(store.image, inode, &attr))
+	bool done = false;
+	if (!inode)
 		return false;
-	attr.mode = (attr.mode & S_ISVTX) | (uint32_t)mode;
-	if (store.setattr(store.image, inode, X3_MODE, &attr))
+	Py_BEGIN_ALLOW_THREADS
+	if (!store.getattr(store.image, inode, &attr)) {
+		uint32_t before = attr.mode & 07777;
+		attr.mode = (before & S_ISVTX) | (uint32_t)mode;
+		/* Without a change, ext3 leaves the ctime, too. */
+		done = attr.mode == before ? store.is_simple(store.image, inode) > 0
+					   : !store.setattr(store.image, inode, X3_MODE, &attr);
+	}
+	Py_END_ALLOW_THREADS
+	if (!done)
 		return false;
 	fuse_reply_err(req, 0);
 	return true;

@@ -198,8 +198,8 @@ class Ext3File:
             self._capabilities.drop(self._ino)
 
     def is_little_to_sync(self) -> bool:
-        """Whether :meth:`fsync` has less than a MiB to write, of all files of the image."""
-        return self._image.unsynced() < _LITTLE
+        """Whether :meth:`fsync` has less than a MiB to write, of all files of the image, to a disk here."""
+        return self._image.is_near and self._image.unsynced() < _LITTLE
 
     def fsync(self, datasync: bool) -> None:
         self._image.fsync(self._ino, datasync)

@@ -331,7 +331,10 @@ def test_an_acl_that_says_only_the_mode_changes_the_mode(over_squashfs: Noted) -
     path.chmod(0o1600)
     before = path.stat().st_ctime_ns
     run("setfacl", "--set", "u::rwx,g::r,o::x", path)
-    assert path.stat().st_mode == 0o101741 and path.stat().st_ctime_ns > before
+    changed = path.stat()
+    assert changed.st_mode == 0o101741 and changed.st_ctime_ns > before
+    run("setfacl", "--set", "u::rwx,g::r,o::x", path)
+    assert path.stat().st_ctime_ns == changed.st_ctime_ns
     assert os.listxattr(path) == []
     run("setfacl", "-m", f"u:{NOBODY}:r", path)
     assert os.listxattr(path) == ["system.posix_acl_access"]
@@ -340,6 +343,10 @@ def test_an_acl_that_says_only_the_mode_changes_the_mode(over_squashfs: Noted) -
     with pytest.raises(OSError) as caught:
         os.setxattr(path, "system.posix_acl_access", bytes.fromhex("02000000") + b"\1" * 24)
     assert caught.value.errno == errno.EINVAL
+    for name, error in (("user.", errno.EINVAL), ("user.none", errno.ENODATA)):
+        with pytest.raises(OSError) as caught:
+            os.getxattr(path, name)
+        assert caught.value.errno == error
 
 
 def test_the_target_of_a_link_is_asked_for_once(mount: Noted) -> None:

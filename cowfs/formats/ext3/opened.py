@@ -19,6 +19,7 @@ from cowfs.formats.ext3.places import places
 from cowfs.formats.ext3.records import Facts
 from cowfs.jsontext import local_time
 from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.linux.remote import may_wait
 from cowfs.linux.signals import held_back
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,13 @@ class How(TypedDict, total=False):
     debug: int
 
 
+def _is_near(fd: int) -> bool:
+    try:
+        return not may_wait(fd)
+    except OSError:
+        return False
+
+
 class Opened:
     """An open image. It duplicates the descriptor, and the caller closes its own."""
 
@@ -92,6 +100,8 @@ class Opened:
         are for tests; see x3_open. *cache_bytes* is :data:`CACHE_BYTES` by default, and less for a reader.
         """
         features.check(fd, name)
+        self.is_near = _is_near(fd)
+        """Whether writing it to disk depends on no other machine or program."""
         self.name = name
         self.read_only = read_only
         self._said = False
