@@ -117,7 +117,10 @@ def _is_shown(info: os.stat_result) -> bool:
 
 def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
     """Yield each directory and symbolic link that the kernel visits when it looks up *path*, and the file."""
-    rest = os.path.join(os.getcwdb(), os.fsencode(path)).split(b"/")[::-1]
+    name = os.fsencode(path)
+    if not os.path.isabs(name):
+        name = os.path.join(os.getcwdb(), name)
+    rest = name.split(b"/")[::-1]
     at, links = b"/", 0
     yield at, os.stat(at)
     while rest:
