@@ -281,6 +281,35 @@ static struct entry *completed(struct ring *ring)
 	return NULL;
 }
 
+/*
+ * Send replies so that their callers continue on this CPU. The scheduler moves a task that is woken to an idle CPU
+ * unless its own CPU is idle, or runs nothing but SCHED_IDLE (select_idle_sibling() in kernel/sched/fair.c). But an idle
+ * CPU takes longer to wake than this thread, which has only to wait for the next request, to get out of the way; and
+ * then the caller's requests come to another ring.
+ *
+ * With other work on this CPU, a thread of SCHED_IDLE waits long for its turn. If it took long to come back, the next
+ * replies are sent without this.
+ */
+static void give_way(struct ring *ring)
+{
+	enum { LONG = 1000 * 1000, FOR_A_WHILE = 250 }; /* LONG in ns */
+	struct sched_param none = { 0 };
+
+	if (ring->keeps_going) {
+		ring->keeps_going--;
+		return;
+	}
+	if (!ring->may_give_way || sched_setscheduler(0, SCHED_IDLE, &none)) {
+		ring->may_give_way = false;
+		return;
+	}
+	int64_t begun = now();
+	io_uring_submit(&ring->uring);
+	ring->may_give_way = !sched_setscheduler(0, SCHED_OTHER, &none);
+	if (now() - begun > LONG)
+		ring->keeps_going = FOR_A_WHILE;
+}
+
 static struct entry *wait_for_request(struct ring *ring)
 {
 	for (;;) {
@@ -292,6 +321,8 @@ static struct entry *wait_for_request(struct ring *ring)
 		struct entry *e = completed(ring);
 		if (e || ring->ended)
 			return e;
+		if (io_uring_sq_ready(&ring->uring))
+			give_way(ring);
 		int result = io_uring_submit_and_wait(&ring->uring, 1);
 		ring_memory_trim(ring);
 		if (result < 0 && result != -EINTR && result != -EAGAIN && result != -EBUSY)

@@ -63,6 +63,8 @@ struct ring { /* one for each serving thread */
 	struct entry *serving; /* the request that the thread handles */
 	bool locked;           /* the thread holds the core lock */
 	bool ended;
+	bool may_give_way;    /* see give_way() in ring.c */
+	unsigned keeps_going; /* so many replies are sent without that */
 	uint64_t requests;
 	TAILQ_HEAD(, entry) large; /* in order of use, the latest last */
 	unsigned large_count;

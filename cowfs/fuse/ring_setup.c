@@ -186,12 +186,14 @@ static int open_ring(struct ring *ring, unsigned queues)
 	return restrict_ring(&ring->uring);
 }
 
+static int gives_way; /* threads may leave SCHED_OTHER, see give_way() in ring.c */
+
 static PyObject *py_open(PyObject *self, PyObject *args)
 {
 	PyObject *cpus;
 	int possible, failure = 0;
 	(void)self;
-	if (!PyArg_ParseTuple(args, "iO!", &possible, &PyTuple_Type, &cpus))
+	if (!PyArg_ParseTuple(args, "iO!p", &possible, &PyTuple_Type, &cpus, &gives_way))
 		return NULL;
 	unsigned count = (unsigned)PyTuple_GET_SIZE(cpus);
 	core_lock_init();
@@ -251,6 +253,7 @@ static PyObject *py_join(PyObject *self, PyObject *args)
 		failure = tell_ring(&ring->uring, IORING_REGISTER_ENABLE_RINGS, NULL, 0); /* binds it to this thread */
 		if (!failure) {
 			ring_mine = ring;
+			ring->may_give_way = gives_way;
 			struct entry *e = ring->late;
 			ring->late = NULL;
 			for (struct entry *next; e; e = next) {
@@ -323,7 +326,8 @@ static PyObject *py_figures(PyObject *self, PyObject *args)
 
 PyMethodDef ring_setup_methods[] = {
 	{ "ring_open", py_open, METH_VARARGS,
-	  "ring_open(possible, cpus): make a ring for each of these CPUs, and queues for all possible CPUs." },
+	  "ring_open(possible, cpus, gives_way): make a ring for each of these CPUs, and queues for all possible CPUs.\n"
+	  "gives_way: threads may be SCHED_IDLE for a moment, and can come back." },
 	{ "ring_join", py_join, METH_VARARGS,
 	  "ring_join(number): let this thread serve a ring; False if the kernel has not accepted the offer. Blocks." },
 	{ "ring_stop", py_stop, METH_NOARGS, "ring_stop(): accept no more requests." },

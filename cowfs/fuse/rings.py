@@ -38,6 +38,7 @@ import trio
 
 from cowfs.errors import SystemFailure
 from cowfs.fuse import libfuse
+from cowfs.linux.limits import may_step_back
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -443,7 +444,7 @@ def rings_for(wanted: str, tell: Callable[[str], None]) -> Rings | None:
 def open_rings() -> Rings:
     """Make the rings, before the filesystem is mounted. OSError: EPERM, ENOMEM, ENOSYS."""
     cpus = tuple(sorted(os.sched_getaffinity(0)))
-    libfuse.ring.ring_open(_possible(), cpus)
+    libfuse.ring.ring_open(_possible(), cpus, may_step_back())
     return Rings(cpus)
 
 

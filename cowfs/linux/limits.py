@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
+from contextlib import suppress
 
+_ANY_NICE = 40
+"""The RLIMIT_NICE that allows any nice value."""
 _CGROUP = "/sys/fs/cgroup"
 
 
@@ -18,6 +22,38 @@ def take_all_descriptors() -> None:
     """Raise the limit of open files to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def may_step_back() -> bool:
+    """Let threads leave SCHED_OTHER for SCHED_IDLE for a moment; whether they can come back (sched(7)).
+
+    That needs RLIMIT_NICE, which this raises if it may, or CAP_SYS_NICE.
+    """
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NICE, (_ANY_NICE, _ANY_NICE))
+    came_back = False
+
+    def attempt() -> None:
+        nonlocal came_back
+        with suppress(OSError):
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+                came_back = True
+
+    thread = threading.Thread(target=attempt)  # which ends, if it cannot come back
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    thread.join()
+    return came_back
+
+
+def steps_back_by_limit() -> bool:
+    """Whether that needs no capability."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NICE)
+    return soft == resource.RLIM_INFINITY or soft >= _ANY_NICE
 
 
 def is_lack_of_threads(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import resource
 import struct
 from contextlib import suppress
 
+from cowfs.linux import limits
 from cowfs.linux.seccomp import refuse_needless_calls
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ CAPABILITIES = {
     "CAP_SETFCAP": 31,
 }
 """The capabilities that a daemon keeps, with their numbers; docs/adr/0024-root-with-little.md says why."""
+_CAP_SYS_NICE = 23
 _VERSION_3 = 0x20080522
 _HEADER = struct.Struct("=Ii")  # struct __user_cap_header_struct: version, pid
 _DATA = struct.Struct("=6I")  # 2 of struct __user_cap_data_struct: effective, permitted, inheritable
@@ -57,8 +59,11 @@ def drop(*, has_rings: bool = False) -> None:
     def refuse() -> None:
         refuse_needless_calls(has_rings=has_rings)
 
+    def drop_capabilities() -> None:
+        _drop_capabilities(0 if not has_rings or limits.steps_back_by_limit() else 1 << _CAP_SYS_NICE)
+
     refuse.__name__ = refuse_needless_calls.__name__
-    for step in (_hide_memory, _drop_capabilities, _no_new_privileges, refuse):
+    for step in (_hide_memory, drop_capabilities, _no_new_privileges, refuse):
         try:
             step()
         except OSError as error:
@@ -82,12 +87,12 @@ def hide() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
-def _drop_capabilities() -> None:
-    """Keep the needed capabilities that the process has.
+def _drop_capabilities(more: int) -> None:
+    """Keep the needed capabilities, and *more* as a mask, of those that the process has.
 
     Programs that it starts get those of the bounding set, as root's programs do.
     """
-    kept = sum(1 << number for number in CAPABILITIES.values())
+    kept = sum(1 << number for number in CAPABILITIES.values()) | more
     with suppress(OSError):  # Linux before 4.3 has no ambient set
         _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = _HEADER.pack(_VERSION_3, 0)

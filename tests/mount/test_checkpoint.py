@@ -229,7 +229,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         mnt = tmp_path / "mnt"
         (mnt / "new").write_text("new\n")
         for name, why in [
-            ("a/b", "has a slash"), ("", "an empty argument was given for NAME"), ("a\nb", "cannot be printed"),
+            ("a/b", "has a slash"), ("", "an empty argument was given"), ("a\nb", "cannot be printed"),
             ("x" * 101, "longer"), (".x", "begins with"),
         ]:  # fmt: skip
             refused = cowfs("checkpoint", mnt, name)

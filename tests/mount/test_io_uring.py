@@ -260,6 +260,35 @@ def test_a_slow_disk_does_not_hold_up_others_on_the_same_cpu(tmp_path: Path) -> 
         os.close(release)
 
 
+def policies(pid: int) -> set[int]:
+    """Return the scheduling policies of the threads of a process (proc(5))."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {int((task / "stat").read_text().rpartition(")")[2].split()[38]) for task in tasks}
+
+
+def test_threads_are_idle_only_while_they_give_way(mount: Mounted) -> None:
+    """A caller continues on its CPU while the thread that has answered is SCHED_IDLE, for a moment."""
+    seen: set[int] = set()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.update(policies(mount.pid()))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for number in range(3000):
+            (mount.path / f"new{number}").touch()
+    finally:
+        stop.set()
+        looking.join()
+    eventually(lambda: policies(mount.pid()) == {os.SCHED_OTHER}, "no thread stays behind")
+    assert seen <= {os.SCHED_OTHER, os.SCHED_IDLE}
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        assert os.SCHED_IDLE in seen
+
+
 @pytest.mark.parametrize("how", ["umount", "term", "kill"])
 def test_an_end_while_it_is_busy(mount: Mounted, how: str) -> None:
     stop = threading.Event()
