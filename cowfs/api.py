@@ -242,17 +242,14 @@ def apply(
     from cowfs.exports.choose import chosen
     from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
-    from cowfs.exports.target import is_same, must_be_elsewhere
+    from cowfs.exports.target import must_be_elsewhere
 
     found = find_mount(what)
     losses = Losses()
-    if found is None and is_same(what, root):
-        raise UsageError(f"{root}: is the store whose changes are meant", "give another directory or store")
+    _must_be_another(what, "" if found is None else found.dev, root)
     with ExitStack() as stack:
         changes = stack.enter_context(open_changes(what, lowers, tell))
         named, is_store = root, _is_store(root)
-        if found is not None and _is_on(os.path.join(root, "new"), found.dev):
-            raise UsageError(f"{root}: is in the mount whose changes are meant", "give another directory")
         for directory in (root, backup) if backup else (root,):
             must_be_elsewhere(directory, changes.paths()[:1])
         withheld = {} if trust else _withheld(changes, root)
@@ -278,6 +275,16 @@ def apply(
             except OSError as error:
                 raise _not_completed(error, named, root, backup) from None
     return bad, losses
+
+
+def _must_be_another(what: str, dev: str, root: str) -> None:
+    """Raise UsageError if *root* is the store *what*, or in the mount with the device number *dev*."""
+    from cowfs.exports.target import is_same
+
+    if not dev and is_same(what, root):
+        raise UsageError(f"{root}: is the store whose changes are meant", "give another directory or store")
+    if dev and _is_on(os.path.join(root, "new"), dev):
+        raise UsageError(f"{root}: is in the mount whose changes are meant", "give another directory")
 
 
 def _planned(changes: Changes, before: Tree, after: Tree) -> Plan:
