@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "core_lock.h"
+#include "give_way.h"
 #include "messages.h"
 #include "request_stats.h"
 #include "ring.h"
@@ -281,35 +282,6 @@ static struct entry *completed(struct ring *ring)
 	return NULL;
 }
 
-/*
- * Send replies so that their callers continue on this CPU. The scheduler moves a task that is woken to an idle CPU
- * unless its own CPU is idle, or runs nothing but SCHED_IDLE (select_idle_sibling() in kernel/sched/fair.c). But an idle
- * CPU takes longer to wake than this thread, which has only to wait for the next request, to get out of the way; and
- * then the caller's requests come to another ring.
- *
- * With other work on this CPU, a thread of SCHED_IDLE waits long for its turn. If it took long to come back, the next
- * replies are sent without this.
- */
-static void give_way(struct ring *ring)
-{
-	enum { LONG = 1000 * 1000, FOR_A_WHILE = 250 }; /* LONG in ns */
-	struct sched_param none = { 0 };
-
-	if (ring->keeps_going) {
-		ring->keeps_going--;
-		return;
-	}
-	if (!ring->may_give_way || sched_setscheduler(0, SCHED_IDLE, &none)) {
-		ring->may_give_way = false;
-		return;
-	}
-	int64_t begun = now();
-	io_uring_submit(&ring->uring);
-	ring->may_give_way = !sched_setscheduler(0, SCHED_OTHER, &none);
-	if (now() - begun > LONG)
-		ring->keeps_going = FOR_A_WHILE;
-}
-
 static struct entry *wait_for_request(struct ring *ring)
 {
 	for (;;) {
@@ -505,6 +477,7 @@ static PyObject *py_finish(PyObject *self, PyObject *args)
 	give_core(ring_mine);
 	Py_BEGIN_ALLOW_THREADS
 	send_until_quit(ring_mine);
+	give_way_end(ring_mine);
 	Py_END_ALLOW_THREADS
 	ring_mine = NULL;
 	Py_RETURN_NONE;

@@ -11,6 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/queue.h>
+#include <sys/types.h>
 #include <sys/uio.h>
 
 /* include/uapi/linux/fuse.h of Linux 6.14, protocol 7.42: Debian 12 has older headers. */
@@ -63,8 +64,11 @@ struct ring { /* one for each serving thread */
 	struct entry *serving; /* the request that the thread handles */
 	bool locked;           /* the thread holds the core lock */
 	bool ended;
-	bool may_give_way;    /* see give_way() in ring.c */
-	unsigned keeps_going; /* so many replies are sent without that */
+	bool may_give_way;              /* the thread may be SCHED_IDLE while it sends replies: see give_way.c */
+	unsigned keeps_going;           /* so many replies are sent without that */
+	pid_t thread;                   /* its ID; 0: none serves */
+	_Atomic int64_t back_since;     /* ns: it is SCHED_IDLE since then; 0: it is not */
+	atomic_uint stepped_back, seen; /* how often it was; the same when the watch last looked */
 	uint64_t requests;
 	TAILQ_HEAD(, entry) large; /* in order of use, the latest last */
 	unsigned large_count;

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "core_lock.h"
+#include "give_way.h"
 #include "messages.h"
 #include "ring.h"
 
@@ -130,6 +131,7 @@ void ring_device(int fd)
 
 static void close_rings(void)
 {
+	give_way_stop();
 	for (unsigned r = 0; r < ring_count; r++) {
 		if (rings[r].made)
 			io_uring_queue_exit(&rings[r].uring);
@@ -186,7 +188,7 @@ static int open_ring(struct ring *ring, unsigned queues)
 	return restrict_ring(&ring->uring);
 }
 
-static int gives_way; /* threads may leave SCHED_OTHER, see give_way() in ring.c */
+static int gives_way; /* threads may leave SCHED_OTHER, see give_way.c */
 
 static PyObject *py_open(PyObject *self, PyObject *args)
 {
@@ -247,13 +249,14 @@ static PyObject *py_join(PyObject *self, PyObject *args)
 	pthread_mutex_unlock(&decision.lock);
 	if (serving) {
 		cpu_set_t set;
+		if (gives_way)
+			give_way_begin(ring);
 		CPU_ZERO(&set);
 		CPU_SET((size_t)ring->cpu, &set);
 		sched_setaffinity(0, sizeof set, &set); /* if it fails, it is only slower */
 		failure = tell_ring(&ring->uring, IORING_REGISTER_ENABLE_RINGS, NULL, 0); /* binds it to this thread */
 		if (!failure) {
 			ring_mine = ring;
-			ring->may_give_way = gives_way;
 			struct entry *e = ring->late;
 			ring->late = NULL;
 			for (struct entry *next; e; e = next) {
@@ -267,6 +270,7 @@ static PyObject *py_join(PyObject *self, PyObject *args)
 	}
 	Py_END_ALLOW_THREADS
 	if (failure) {
+		give_way_end(ring);
 		errno = -failure;
 		return PyErr_SetFromErrno(PyExc_OSError);
 	}

@@ -278,8 +278,11 @@ def test_threads_are_idle_only_while_they_give_way(mount: Mounted) -> None:
     looking = threading.Thread(target=look)
     looking.start()
     try:
-        for number in range(3000):
-            (mount.path / f"new{number}").touch()
+        for number in range(100_000):
+            (mount.path / f"new{number % 100}").touch()
+            os.unlink(mount.path / f"new{number % 100}")
+            if number > 1000 and os.SCHED_IDLE in seen:
+                break
     finally:
         stop.set()
         looking.join()
@@ -287,6 +290,59 @@ def test_threads_are_idle_only_while_they_give_way(mount: Mounted) -> None:
     assert seen <= {os.SCHED_OTHER, os.SCHED_IDLE}
     if os.sched_getscheduler(0) == os.SCHED_OTHER:
         assert os.SCHED_IDLE in seen
+
+
+CALLER = """
+import os, sys, time
+path = sys.argv[1]
+def use_cpu():
+    begun, used = time.monotonic(), time.thread_time()
+    while time.thread_time() < used + 0.08:
+        pass
+    os.write(1, f"{begun} {time.monotonic()}\\n".encode())
+for turn in range(5):
+    wait, go = os.pipe()
+    for _ in range(4):
+        if not os.fork():
+            os.close(go)
+            os.read(wait, 1)
+            use_cpu()
+            os._exit(0)
+    for number in range(600):
+        os.chmod(path, 0o600 + number % 2)
+    os.close(go)
+    os.close(wait)
+    use_cpu()
+    for _ in range(4):
+        os.wait()
+"""
+OTHER = """
+import os, select, sys, time
+while not select.select([0], [], [], 0.002)[0]:
+    begun = time.monotonic()
+    os.access(f"{sys.argv[1]}/{begun}", os.F_OK)
+    os.write(1, f"{begun} {time.monotonic()}\\n".encode())
+"""
+
+
+def times(lines: str) -> list[tuple[float, float]]:
+    """Return when things began and ended."""
+    return [(float(begun), float(end)) for begun, end in map(str.split, lines.splitlines())]
+
+
+def test_a_thread_that_gives_way_comes_back(mount: Mounted) -> None:
+    """It answers others although the caller for which it gave way does not stop using the CPU."""
+    (mount.path / "file").touch()
+    here = ["taskset", "-c", f"{min(os.sched_getaffinity(0))}", sys.executable, "-c"]
+    asking = [*here, OTHER, os.fspath(mount.path)]
+    with subprocess.Popen(asking, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        used = times(run(*here, CALLER, mount.path / "file", timeout=60).stdout)
+        asked = times(other.communicate("end\n", timeout=60)[0])
+    assert len(used) == 25
+    brief = min(end - begun for begun, end in used) / 2
+    late = [(begun, end) for begun, end in asked if end - begun > brief]
+    assert not late, f"{late} while the CPU was used in {sorted(used)}"
 
 
 @pytest.mark.parametrize("how", ["umount", "term", "kill"])
