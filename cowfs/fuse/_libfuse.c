@@ -212,6 +212,12 @@ static void on_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_f
 	theirs.fsync(req, ino, datasync, fi);
 }
 
+static void on_fsyncdir(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)
+{
+	if (!shortcut_fsyncdir(req, ino))
+		theirs.fsyncdir(req, ino, datasync, fi);
+}
+
 static void on_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	if (!store_release(req, fi))
@@ -306,6 +312,12 @@ static bool have_buffer(size_t size)
 	return true;
 }
 
+static void on_readdirplus(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
+{
+	if (!have_buffer(size) || !shortcut_readdirplus(req, ino, buffer, size, offset, fi->fh))
+		theirs.readdirplus(req, ino, size, offset, fi);
+}
+
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
 	if (fi->fh == BEYOND && shortcut_copy(req))
@@ -385,6 +397,8 @@ static const struct fuse_lowlevel_ops *wrap_handlers(const struct fuse_lowlevel_
 	WRAP(getattr);
 	WRAP(setattr);
 	WRAP(release);
+	WRAP(readdirplus);
+	WRAP(fsyncdir);
 	WRAP(lookup);
 	WRAP(create);
 	WRAP(mkdir);

@@ -32,7 +32,7 @@ from cowfs.fuse.nodes import FOREVER
 from cowfs.fuse.owners import OwnerMap
 from cowfs.fuse.quotas import Bounds
 from cowfs.fuse.quotas import bounds as bounds_of_process
-from cowfs.fuse.snapshots import OpenDirectory, Snapshots
+from cowfs.fuse.snapshots import DOTS, OpenDirectory, Snapshots
 from cowfs.fuse.threads import SLICE
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
@@ -44,6 +44,7 @@ from cowfs.overlay.file import SET_ID
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.readdir import Listing
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,6 @@ _CAPABILITY = b"security.capability"
 _TRUSTED = b"trusted."
 _ACLS = {ACCESS_ACL, DEFAULT_ACL}
 _BOTH_NOW = 1 << 7 | 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW (linux/fuse.h)
-_DOTS = 2
-"""A listing begins with . and .."""
 _AHEAD = 24
 """So many names after the one that is listed are looked up along with it in a slow lower: a page of them."""
 
@@ -430,14 +429,13 @@ class Adapter(BeyondHandlers):
             )
             if callable(listed):
                 listed = await self._threads.run(listed, self._threads.reads, listing.opener)
-            fs.was_read(node)
+            self._begin(listing, listed)
             names = listed
-            self.snapshots.keep(listing, names)
-        for number in range(start_id, _DOTS):
+        for number in range(start_id, DOTS):
             this = node if number == 0 else fs.above(node)
             if not pyfuse3.readdir_reply(token, b"." * (number + 1), _dot(this), number + 1):
                 return
-        for place, name in names.after(max(start_id - _DOTS, 0)):
+        for place, name in names.after(max(start_id - DOTS, 0)):
             found = entry = None
             try:
                 try:
@@ -456,10 +454,23 @@ class Adapter(BeyondHandlers):
                     await self._loop.yield_turn()
                     end = time.monotonic() + SLICE
                 continue
-            if not pyfuse3.readdir_reply(token, name, entry, _DOTS + place):
+            if not pyfuse3.readdir_reply(token, name, entry, DOTS + place):
                 fs.release(found[0])
                 return
             found[0].lookups += 1
+
+    def _begin(self, listing: OpenDirectory, names: Listing) -> None:
+        self._fs.was_read(listing.node)
+        self.snapshots.keep(listing, names)
+
+    def _listed_at_once(self, number: int, start: int) -> Listing | None:
+        listing = self._listings[number]
+        if listing.names is None or start == 0:
+            names = self._fs.listing(listing.node)
+            if callable(names):
+                return None
+            self._begin(listing, names)
+        return listing.names
 
     @sync
     def releasedir(self, fh: int) -> None:

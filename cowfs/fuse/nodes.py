@@ -30,7 +30,7 @@ from cowfs.overlay.find import Places, at_place, see_all
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import APART, Node
 from cowfs.overlay.overlay import Overlay
-from cowfs.overlay.readdir import Seen
+from cowfs.overlay.readdir import Listing, Seen
 from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,14 @@ class NodeHandlers(Handlers):
             when = upper.atime
             atime = 0 if not when.files else 2 if when.always else 1
             libfuse.serve_inodes(self._inode_of, upper.image.calls(), atime)
-            libfuse.take_shortcuts(Shortcuts(self._fs, upper, self._masked, self._loop.is_quiet))
+            libfuse.take_shortcuts(self._shortcuts(upper))
+
+    def _shortcuts(self, upper: Ext3Layer) -> Shortcuts:
+        return Shortcuts(self._fs, upper, self._masked, self._loop.is_quiet, self._listed_at_once)
+
+    def _listed_at_once(self, number: int, start: int) -> Listing | None:
+        """Return the names to list in an open directory from the place *start* on; None if it takes long."""
+        raise NotImplementedError
 
     def _inode_of(self, ino: int) -> int:
         """Return the inode in the store's image that has all of a file or directory; 0 if there is none.

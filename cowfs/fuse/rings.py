@@ -51,11 +51,10 @@ _SPARE = 4
 """How many coroutines are ready for requests before they are needed."""
 _WORKERS = 8
 """How many requests workers handle at most; others wait in trio."""
-_BRIEF = 0.001
-"""Seconds."""
-_IN_A_ROW = 4
-_PENALTY = 250
-"""After a call that was not brief, so many others run in workers."""
+_BRIEF = 0.0015
+"""How many seconds brief work takes at most, usually."""
+_LATEST = 1 / 8
+"""How much the latest such work counts for what is usual."""
 _NEVER = 1 << 30
 _NO_MEMORY = 0.01
 """Seconds until a request is taken again for which memory was lacking."""
@@ -137,8 +136,8 @@ class Rings:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
         self._working = 0
-        self._brief = 0
-        """How many calls that were said to be brief were, in a row; below 0 after one that was not."""
+        self._usual = 2 * _BRIEF
+        """How many seconds work that was said to be brief takes: a moving average."""
         self._all_done = trio.Event()
         self._token: trio.lowlevel.TrioToken
         self._nursery: trio.Nursery
@@ -234,8 +233,8 @@ class Rings:
     async def work(call: Callable[[], R], *, is_brief: bool = False) -> R:
         """Run *call* in a worker and return its result; :meth:`may_work` was true.
 
-        What *is_brief* runs in the ring's own thread if nobody else waits for that, and the last such calls
-        took less than a millisecond: switching to another thread and back would take as long.
+        What *is_brief* runs in the ring's own thread if nobody else waits for that, and such calls have taken
+        little time of late: switching to another thread and back takes a fifth of a millisecond.
         """
         return cast("R", await _pause(_Work(call, is_brief)))
 
@@ -297,7 +296,7 @@ class Rings:
 
     def _may_stay(self) -> bool:
         """Whether brief work may run in a ring's thread."""
-        return self._brief >= _IN_A_ROW and bool(libfuse.ring.ring_quiet())
+        return self._usual < _BRIEF and bool(libfuse.ring.ring_quiet())
 
     def _stay(self, job: _Job) -> object:
         """Do some brief work in a ring's thread, and continue."""
@@ -311,10 +310,10 @@ class Rings:
         return job.context.run(job.coroutine.send, value)
 
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """Do some brief work; note whether it was."""
+        """Do some brief work; note how long it took."""
         begun = time.monotonic()
         outcome = _outcome(call)
-        self._brief = self._brief + 1 if time.monotonic() - begun < _BRIEF else -_PENALTY
+        self._usual += (time.monotonic() - begun - self._usual) * _LATEST
         return outcome
 
     def _work(self) -> None:

@@ -15,9 +15,23 @@
 #include "store_inodes.h"
 
 /* The functions of Shortcuts (shortcuts.py), in the order of NAMES. NULL: pyfuse3's handlers answer. */
-enum function { LOOKUP, GETATTR, CREATE, MKDIR, SYMLINK, LINK, UNLINK, RENAME, READ, HAS_NO_XATTRS, FUNCTIONS };
-static const char *const NAMES[] = { "lookup", "getattr", "create", "mkdir", "symlink",
-				     "link",   "unlink",  "rename", "read",  "has_no_xattrs" };
+enum function {
+	LOOKUP,
+	GETATTR,
+	CREATE,
+	MKDIR,
+	SYMLINK,
+	LINK,
+	UNLINK,
+	RENAME,
+	READ,
+	LIST,
+	HAS_NO_XATTRS,
+	IS_SYNCED,
+	FUNCTIONS
+};
+static const char *const NAMES[] = { "lookup", "getattr", "create", "mkdir", "symlink",       "link",
+				     "unlink", "rename",  "read",   "list",  "has_no_xattrs", "is_synced" };
 static PyObject *functions[FUNCTIONS];
 
 void shortcuts_reset(void)
@@ -55,6 +69,21 @@ static PyObject *call_by_name(enum function which, fuse_ino_t parent, const char
 	PyObject *arguments[] = { PyLong_FromUnsignedLong(parent), PyBytes_FromString(name) };
 
 	return call(which, arguments, 2);
+}
+
+/* Describe a new node, or one that the image has all of, in *entry*, without an inode if it cannot be read. */
+static void parse_made(enum function which, PyObject *made, struct fuse_entry_param *entry)
+{
+	unsigned long long ino, generation;
+	unsigned inode;
+
+	*entry = (struct fuse_entry_param){ .ino = 0 };
+	if (!PyArg_ParseTuple(made, "KKI", &ino, &generation, &inode)) {
+		PyErr_WriteUnraisable(functions[which]);
+	} else if (!store_entry(inode, entry)) {
+		entry->ino = entry->attr.st_ino = ino;
+		entry->generation = generation;
+	}
 }
 
 /* Describe what a function has found in *entry*; false if it has found nothing. */
@@ -95,9 +124,16 @@ bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
 	PyObject *found = call_by_name(LOOKUP, parent, name);
 	if (!found)
 		return false;
-	parse(LOOKUP, found, &entry);
+	bool is_made = PyTuple_Check(found) && PyTuple_GET_SIZE(found) == 3;
+	if (is_made)
+		parse_made(LOOKUP, found, &entry);
+	else
+		parse(LOOKUP, found, &entry);
 	Py_DECREF(found);
-	fuse_reply_entry(req, &entry); /* without an inode, the kernel remembers that the name does not exist */
+	if (is_made && !entry.ino)
+		fuse_reply_err(req, EIO);
+	else
+		fuse_reply_entry(req, &entry); /* without an inode, the kernel remembers that the name does not exist */
 	return true;
 }
 
@@ -148,17 +184,9 @@ static bool make(enum function which, fuse_req_t req, fuse_ino_t parent, const c
 		PyLong_FromUnsignedLong(ctx->gid),
 	};
 	PyObject *result = call(which, arguments, sizeof arguments / sizeof *arguments);
-	unsigned long long ino, generation;
-	unsigned inode;
 	if (!result)
 		return false;
-	*entry = (struct fuse_entry_param){ .ino = 0 };
-	if (!PyArg_ParseTuple(result, "KKI", &ino, &generation, &inode)) {
-		PyErr_WriteUnraisable(functions[which]);
-	} else if (!store_entry(inode, entry)) {
-		entry->ino = entry->attr.st_ino = ino;
-		entry->generation = generation;
-	}
+	parse_made(which, result, entry);
 	Py_DECREF(result);
 	return true;
 }
@@ -273,14 +301,68 @@ bool shortcut_copy(fuse_req_t req)
 	return done;
 }
 
-/* Whether an inode has no extended attributes at all. */
-static bool has_no_xattrs(fuse_ino_t ino)
+/* Add an entry that Python describes to a listing; return its size, 0 if it does not fit, or cannot be read. */
+static size_t add_entry(fuse_req_t req, PyObject *described, char *buffer, size_t room)
 {
-	PyObject *number = functions[HAS_NO_XATTRS] ? PyLong_FromUnsignedLong(ino) : NULL;
-	PyObject *result = number ? call(HAS_NO_XATTRS, &number, 1) : NULL;
+	struct fuse_entry_param entry = { .ino = 0 };
+	unsigned long long place, ino, generation;
+	const char *name;
+	unsigned inode;
+
+	if (!PyArg_ParseTuple(described, "KyKKI", &place, &name, &ino, &generation, &inode)) {
+		PyErr_WriteUnraisable(functions[LIST]);
+		return 0;
+	}
+	if (!inode)
+		entry.attr.st_mode = S_IFDIR;
+	else if (store_entry(inode, &entry))
+		return 0;
+	else
+		entry.ino = ino;
+	entry.attr.st_ino = ino;
+	entry.generation = generation;
+	size_t size = fuse_add_direntry_plus(req, buffer, room, name, &entry, (off_t)place);
+	return size <= room ? size : 0;
+}
+
+bool shortcut_readdirplus(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset, uint64_t number)
+{
+	size_t used = 0;
+
+	if (!functions[LIST])
+		return false;
+	PyObject *arguments[] = { PyLong_FromUnsignedLong(ino), PyLong_FromUnsignedLong(number),
+				  PyLong_FromLongLong(offset), PyLong_FromSize_t(size) };
+	PyObject *entries = call(LIST, arguments, 4);
+	if (!entries)
+		return false;
+	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); i++) {
+		size_t more = add_entry(req, PyList_GET_ITEM(entries, i), buffer + used, size - used);
+		if (!more) /* the image fails: the rest stays known here although the kernel does not know it */
+			break;
+		used += more;
+	}
+	Py_DECREF(entries);
+	fuse_reply_buf(req, buffer, used);
+	return true;
+}
+
+/* Ask a function about an inode. */
+static bool ask(enum function which, fuse_ino_t ino)
+{
+	PyObject *number = functions[which] ? PyLong_FromUnsignedLong(ino) : NULL;
+	PyObject *result = number ? call(which, &number, 1) : NULL;
 
 	Py_XDECREF(result);
 	return result == Py_True;
+}
+
+bool shortcut_fsyncdir(fuse_req_t req, fuse_ino_t ino)
+{
+	if (!ask(IS_SYNCED, ino))
+		return false;
+	fuse_reply_err(req, 0);
+	return true;
 }
 
 bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name)
@@ -291,7 +373,7 @@ bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name)
 	for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
 		known = known || (!strncmp(name, kinds[i], strlen(kinds[i])) && name[strlen(kinds[i])]);
 	/* The handler notes who has asked for a capability. */
-	if (!known || !strcmp(name, "security.capability") || !has_no_xattrs(ino))
+	if (!known || !strcmp(name, "security.capability") || !ask(HAS_NO_XATTRS, ino))
 		return false;
 	fuse_reply_err(req, ENODATA);
 	return true;
@@ -299,7 +381,7 @@ bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name)
 
 bool shortcut_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size)
 {
-	if (!has_no_xattrs(ino))
+	if (!ask(HAS_NO_XATTRS, ino))
 		return false;
 	if (size)
 		fuse_reply_buf(req, NULL, 0);

@@ -23,6 +23,8 @@ bool shortcut_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char
 bool shortcut_unlink(fuse_req_t req, fuse_ino_t parent, const char *name);
 bool shortcut_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t to, const char *new_name);
 bool shortcut_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset);
+bool shortcut_readdirplus(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset, uint64_t number);
+bool shortcut_fsyncdir(fuse_req_t req, fuse_ino_t ino); /* of a directory that is on disk already */
 bool shortcut_copy(fuse_req_t req); /* a request that came as a read with the handle number BEYOND */
 bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name);
 bool shortcut_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size);

@@ -9,19 +9,25 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable
 
+from cowfs.fuse.snapshots import DOTS
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
-from cowfs.overlay.dir import Owner, add_file
+from cowfs.overlay.dir import Owner, add_file, remove_file
 from cowfs.overlay.node import APART, LAYER, LAYER_BITS, Node
 from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.readdir import Listing, plain_nodes
 from cowfs.types import Attr
 
 _NO_NAME = b"/"
 """What O_TMPFILE creates (``beyond.c``)."""
 _TOO_LATE = 1 << 63
 """The time in ns, in the year 2262, that C has no number for."""
+_AT_ONCE = 256
+"""How many names are listed at most in one answer, so that others need not wait."""
 Made = tuple[int, int, int]
 """The number and generation of a new inode, and its number in the image."""
+Listed = tuple[int, bytes, int, int, int]
+"""A place in a listing, the name that stands before it, and what Made says; zeros for ``.`` and ``..``."""
 
 
 class Shortcuts:
@@ -33,9 +39,12 @@ class Shortcuts:
         upper: Ext3Layer,
         masked: Callable[[Node, int, int], int],
         is_quiet: Callable[[], bool],
+        listed: Callable[[int, int], Listing | None],
     ) -> None:
         """*upper* is the image; *masked* applies the umask to the mode of a new inode in a directory;
-        *is_quiet* says whether no other request waits."""
+        *is_quiet* says whether no other request waits. *listed* returns the names for an open directory and a
+        place to begin at; None if finding them takes long."""
+        self._listed = listed
         self._is_quiet = is_quiet
         self._fs = fs
         self._upper = upper
@@ -43,12 +52,17 @@ class Shortcuts:
         self._masked = masked
 
     def lookup(self, ino: int, name: bytes) -> tuple[int, ...] | bool | None:
-        """Return what is known of *name* in the directory *ino*; False if there is nothing. None: ask the
-        handler."""
+        """Return what is known of *name* in the directory *ino*, for most files the same as for new ones.
+
+        False if there is nothing. None: ask the handler.
+        """
         parent = self._nodes.get(ino)
         if parent is None:
             return None
         try:
+            if parent.below == () and parent.upper is not None and not ino & APART:
+                if plain := plain_nodes(self._fs, self._upper, parent, (name,)):
+                    return _made(plain[0])
             found = self._fs.lookup(parent, name)
             if found is None:
                 return False
@@ -135,7 +149,8 @@ class Shortcuts:
         if parent is None or node is None or not _is_simple(node):
             return None
         try:
-            self._fs.unlink(parent, name)
+            if not remove_file(self._fs, self._upper, parent, name, node):
+                self._fs.unlink(parent, name)
             return True
         except Exception:
             return None
@@ -168,6 +183,34 @@ class Shortcuts:
         except Exception:
             return None
 
+    def list(self, ino: int, number: int, start: int, space: int) -> list[Listed] | None:
+        """Return the names that follow *start*, as many as fit into *space* bytes. None: ask the handler."""
+        node = self._directory(ino)
+        try:
+            names = None if node is None or node.is_merged else self._listed(number, start)
+            if node is None or names is None:
+                return None
+            entries: list[Listed] = []
+            for dots in range(start, DOTS):
+                this = node if dots == 0 else self._fs.above(node)
+                entries.append((dots + 1, b"." * (dots + 1), this.ino, 0, 0))
+                space -= _size_of_entry(b"..")
+            next_ones: list[tuple[int, bytes]] = []
+            for place, name in names.after(max(start - DOTS, 0)):
+                space -= _size_of_entry(name)
+                if space < 0 or len(next_ones) == _AT_ONCE:
+                    break
+                next_ones.append((place, name))
+            nodes = plain_nodes(self._fs, self._upper, node, [name for _, name in next_ones])
+            if next_ones and not nodes:
+                return None
+            for (place, name), found in zip(next_ones, nodes, strict=False):
+                found.lookups += 1
+                entries.append((DOTS + place, name, *_numbers(found)))
+            return entries
+        except Exception:
+            return None
+
     def has_no_xattrs(self, ino: int) -> bool:
         """Whether an inode is known to have no extended attributes at all."""
         node = self._nodes.get(ino)
@@ -181,6 +224,13 @@ class Shortcuts:
             return number >= 0 and isinstance(layer, SquashfsLayer) and not layer.listxattr(key)
         except Exception:
             return False
+
+    def is_synced(self, ino: int) -> bool:
+        """Whether a directory that the image has is on disk already, with its names."""
+        node = self._directory(ino)
+        if node is None or node.upper is None:
+            return False
+        return self._upper.image.directory_is_synced(node.upper)
 
     def _directory(self, ino: int) -> Node | None:
         """Return the node of a directory that the image has; None if it has not."""
@@ -202,5 +252,14 @@ def _is_simple(node: Node) -> bool:
 def _made(node: Node) -> Made:
     """Count the kernel's reference to a new node, and describe it."""
     node.lookups += 1
+    return _numbers(node)
+
+
+def _numbers(node: Node) -> Made:
     assert node.upper is not None
     return node.ino, node.generation, node.upper
+
+
+def _size_of_entry(name: bytes) -> int:
+    """Return the size of an entry in the answer to READDIRPLUS (FUSE_DIRENTPLUS_SIZE in linux/fuse.h)."""
+    return 152 + len(name) + 7 & ~7

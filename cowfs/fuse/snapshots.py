@@ -7,6 +7,9 @@ from collections import OrderedDict
 from cowfs.overlay.node import Node
 from cowfs.overlay.readdir import Listing
 
+DOTS = 2
+"""The names ``.`` and ``..`` come first in a listing."""
+
 
 class OpenDirectory:
     """An open directory."""

@@ -357,13 +357,25 @@ def reads_whole(layer: LowerLayer) -> TypeGuard[ReadsWhole]:
     return hasattr(layer, "read_whole")
 
 
-class AddsFiles(UpperLayer, Protocol):
-    """An upper layer that creates most files quickly."""
+class QuickUpper(UpperLayer, Protocol):
+    """An upper layer with quick ways for what is enough for most files."""
 
     def add_file(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, int] | None:
         """Create an empty regular file, *mode* with its type; return its key and its generation. EEXIST.
 
         None if it would inherit something from the directory: use :meth:`create`.
+        """
+        ...
+
+    def remove_file(self, directory: Key, name: bytes, key: Key) -> bool:
+        """Remove a name of a file, whose inode is in use by its *key*. Whether that was its last name."""
+        ...
+
+    def plain(self, directory: Key, names: Sequence[bytes]) -> list[tuple[Key, int, int]]:
+        """Return the key, mode and generation of each name in a directory, of the first ones at least.
+
+        The mode is 0 for a name that does not exist, and for an inode of which a lookup must know more: with
+        several names, with xattrs or flags, and one that is no directory, regular file or symbolic link.
         """
         ...
 

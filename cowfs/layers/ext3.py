@@ -11,6 +11,7 @@ import itertools
 import os
 import stat
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
@@ -220,6 +221,24 @@ class Ext3Layer:
         if (names.more or self._what_is_inherited(directory, names)) is not _NOTHING:
             return None
         return Key(self.image.create(directory, name, mode, uid, gid)), self.image.generation_of_new
+
+    def plain(self, directory: int, names: Sequence[bytes]) -> list[tuple[Key, int, int]]:
+        known = self.image.names(directory)
+        if isinstance(known, LargeNames):
+            return []
+        values = array("I", [known.get(name, 0) & INO for name in names])
+        found = self.image.plain(directory, values)
+        return [
+            (Key(ino), 0 if stat.S_ISDIR(mode) and known.is_twice(ino, name) else mode, generation)
+            for name, ino, mode, generation in zip(names, values, found[::2], found[1::2], strict=True)
+        ]
+
+    def remove_file(self, directory: int, name: bytes, key: Key) -> bool:
+        with self._in_use.lock:
+            is_nameless = self.image.unlink(directory, name, keep=True)
+            if is_nameless:
+                self._in_use.lost_its_name(key, key)
+        return is_nameless
 
     def copy_in(
         self, directory: int, name: bytes, attr: Attr, data: bytes, xattrs: Sequence[tuple[bytes, bytes]]

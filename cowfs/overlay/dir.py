@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from cowfs.layers.base import AddsFiles, File, Key
+from cowfs.layers.base import File, Key, QuickUpper
 from cowfs.linux import files
 from cowfs.overlay import acl, flags, partial, protect, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
@@ -179,7 +179,7 @@ def _enter(fs: OverlayFs, parent: Node, name: bytes, key: Key, mode: int, ino: i
 
 
 def add_file(
-    fs: OverlayFs, upper: AddsFiles, parent: Node, name: bytes, mode: int, owner: Owner
+    fs: OverlayFs, upper: QuickUpper, parent: Node, name: bytes, mode: int, owner: Owner
 ) -> Node | None:
     """Create an empty regular file in a directory that only the upper has; None: use :func:`create`.
 
@@ -302,6 +302,33 @@ def unlink(fs: OverlayFs, parent: Node, name: bytes) -> Node:
         whiteout.make(fs, parent.upper, name)
     name_removed(fs, node, parent, name, last=last)
     return node
+
+
+def remove_file(fs: OverlayFs, upper: QuickUpper, parent: Node, name: bytes, node: Node) -> bool:
+    """Remove a name of a file that only the upper has, from a directory that only the upper has.
+
+    Return False, and do nothing, if that needs :func:`unlink`.
+    """
+    if not (
+        parent.upper is not None
+        and parent.below == ()
+        and parent.protection == 0
+        and node.upper is not None
+        and node.below == ()
+        and node.protection == 0
+        and node.others is None
+        and node.indexed is None
+        and node.partial is None
+        and not (parent.dead or node.dead)
+    ):
+        return False
+    if upper.remove_file(parent.upper, name, node.upper):
+        fs.nodes.detach(parent, name)
+        node.dead = True
+        fs.release(node)
+    else:
+        name_removed(fs, node, parent, name, last=False)
+    return True
 
 
 def _keep_count(fs: OverlayFs, node: Node, parent: Node, name: bytes, attr: Attr) -> None:

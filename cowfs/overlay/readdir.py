@@ -8,9 +8,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from cowfs.layers.base import Key, LowerLayer, NamesJob
+from cowfs.layers.base import Key, LowerLayer, NamesJob, QuickUpper
 from cowfs.overlay.fs import OverlayFs, Steps, done_at_once, error
-from cowfs.overlay.node import Node
+from cowfs.overlay.node import APART, Node
 from cowfs.overlay.stack import Merging, hides
 from cowfs.types import DirEntry
 
@@ -140,6 +140,29 @@ def _listing(lowers: Sequence[list[bytes] | NamesJob], upper: list[bytes] | Name
         else:
             below = names
     return Listing(below, upper() if callable(upper) else upper)
+
+
+def plain_nodes(fs: OverlayFs, upper: QuickUpper, parent: Node, names: Sequence[bytes]) -> list[Node]:
+    """Return the nodes of the first *names* in a directory that only the upper has, without their attributes.
+
+    The list ends before the first name that does not exist, or that needs more than most: look that up.
+    """
+    if parent.upper is None or parent.below != () or parent.dead or fs.companions is not None:
+        return []
+    found: list[Node] = []
+    for name, (key, mode, generation) in zip(names, upper.plain(parent.upper, names), strict=False):
+        node = fs.nodes.child(parent, name)
+        if node is None:
+            ino = fs.ino_of_real(0, upper.dev, key)
+            if not mode or fs.nodes.get(ino) is not None:
+                break
+            node = Node(ino, mode, parent, name, key, (), fs.generation_from(ino, generation))
+            node.protection = 0
+            fs.nodes.add(node)
+        elif not mode or node.upper != key or node.metacopy or node.ino & APART:
+            break
+        found.append(node)
+    return found
 
 
 class Seen(NamedTuple):

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,8 +41,8 @@ def opening(init):
 
 Adapter.__init__ = opening(Adapter.__init__)
 for name in (
-    "_beyond", "create", "getattr", "getxattr", "listxattr", "lookup", "mkdir", "opendir", "read", "readdir",
-    "readlink", "rename", "setattr", "setxattr", "symlink", "unlink", "write", "link",
+    "_beyond", "create", "fsyncdir", "getattr", "getxattr", "listxattr", "lookup", "mkdir", "opendir", "read",
+    "readdir", "readlink", "rename", "setattr", "setxattr", "symlink", "unlink", "write", "link",
 ):
     setattr(Adapter, name, noting(name, getattr(Adapter, name)))
 sys.exit(main(sys.argv[2:]))
@@ -52,10 +52,21 @@ sys.exit(main(sys.argv[2:]))
 class Noted:
     """A mount whose requests are counted."""
 
-    def __init__(self, path: Path, notes: Path, log: Path) -> None:
+    def __init__(self, path: Path, notes: Path, log: Path, command: Sequence[str | os.PathLike[str]]) -> None:
         self.path = path
         self.log = log
         self._notes = notes
+        self._command = command
+
+    def start(self) -> None:
+        """Mount."""
+        run(*self._command, cwd=project_root())
+
+    def remount(self) -> None:
+        """Unmount, and mount again; count from here."""
+        cowfs("umount", self.path, check=True)
+        self.start()
+        self.forget()
 
     def requests(self, kind: str, name: bytes = b"") -> int:
         """Return how many requests of this kind, or with this name, came since :meth:`forget`."""
@@ -87,13 +98,11 @@ def _mounted(
     packed_lower = mksquashfs(tmp_path / "lower.sqsh", lower) if packed else lower
     (tmp_path / "notes").touch()
     log, notes = tmp_path / "log", tmp_path / "notes"
-    run(
-        sys.executable, "-c", _NOTING.format(first=first), notes,
-        *mount_arguments(packed_lower, path, store, options=[f"log={log}", "passthrough=off", *options]),
-        cwd=project_root(),
-    )  # fmt: skip
+    mounting = mount_arguments(packed_lower, path, store, options=[f"log={log}", "passthrough=off", *options])
+    noted = Noted(path, notes, log, [sys.executable, "-c", _NOTING.format(first=first), notes, *mounting])
+    noted.start()
     try:
-        yield Noted(path, notes, log)
+        yield noted
     finally:
         cowfs("umount", path)
         if is_mounted(path):
@@ -235,11 +244,13 @@ def over_squashfs(tmp_path: Path) -> Iterator[Noted]:
 _SHORTCUTS = (
     "_beyond",
     "create",
+    "fsyncdir",
     "getxattr",
     "listxattr",
     "lookup",
     "mkdir",
     "read",
+    "readdir",
     "setxattr",
     "unlink",
     "rename",
@@ -281,6 +292,69 @@ def test_copying_and_removing_files_needs_no_coroutines(over_squashfs: Noted) ->
     assert over_squashfs.requests("_beyond")
     assert (target / "file").stat().st_mode == 0o101640
     assert (target / "large").read_bytes() == b"below\n" * 200_000
+
+
+def _see(top: Path) -> dict[str, tuple[int, ...]]:
+    """Return what stat(2) says of all names in a directory, which is listed first."""
+    found: dict[str, tuple[int, ...]] = {}
+    for entry in os.scandir(top):
+        now = entry.stat(follow_symlinks=False)
+        found[entry.name] = (
+            now.st_ino, now.st_mode, now.st_nlink, now.st_uid, now.st_rdev, now.st_size, now.st_blocks,
+            now.st_atime_ns, now.st_mtime_ns, now.st_ctime_ns,
+        )  # fmt: skip
+    return found
+
+
+@needs_root
+def test_directories_of_an_image_are_listed_with_few_coroutines(with_image: Noted) -> None:
+    top = with_image.path / "made"
+    (top / "sub").mkdir(parents=True)
+    for number in range(600):
+        (top / f"{number}").write_bytes(bytes(number))
+    with_image.forget()
+    plain = _see(top)
+    assert len(plain) == 601
+    assert not with_image.requests("readdir")
+    (top / "link").symlink_to("sub")
+    os.link(top / "1", top / "also 1")
+    os.setxattr(top / "2", "user.x", b"")
+    os.mkfifo(top / "pipe")
+    os.mknod(top / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    os.utime(top / "3", (2**33 + 2**30, -(2**31) + 5))
+    run("chattr", "+i", top / "4")
+    before = _see(top)
+    with_image.remount()
+    assert _see(top) == before
+    assert with_image.requests("readdir") < 20
+    with pytest.raises(PermissionError):
+        (top / "4").unlink()
+    run("chattr", "-i", top / "4")
+    shown = set()
+    with os.scandir(top) as entries:
+        for place, entry in enumerate(entries):
+            shown.add(entry.name)
+            if place % 2 and not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry)
+    assert shown == set(before)
+    assert set(os.listdir(top)) < shown
+    run("rm", "-rf", top)
+    assert not top.exists()
+
+
+def test_a_directory_that_is_on_disk_is_not_synced_again(with_image: Noted) -> None:
+    directory = os.open(with_image.path, os.O_RDONLY)
+    try:
+        (with_image.path / "new").touch()
+        os.fsync(directory)
+        with_image.forget()
+        os.fsync(directory)
+        assert not with_image.requests("fsyncdir")
+        (with_image.path / "other").touch()
+        os.fsync(directory)
+        assert with_image.requests("fsyncdir") == 1
+    finally:
+        os.close(directory)
 
 
 @needs_mksquashfs

@@ -84,6 +84,35 @@ int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out)
 	return op_finish(&op);
 }
 
+static bool is_plain(x3_image *img, uint32_t dir, const struct inode *in, const struct x3_attr *attr)
+{
+	const int64_t FIRST = INT64_C(-2147483648) * 1000000000; /* below it, the numbers mean times after 2262 */
+	bool usual = attr->atime_ns >= FIRST && attr->mtime_ns >= FIRST && attr->ctime_ns >= FIRST;
+	bool one_place = S_ISDIR(attr->mode) ? in->ino != EXT2_ROOT_INO && dir_parent(img, in->ino, NULL)->inode == dir
+					     : (S_ISREG(attr->mode) || S_ISLNK(attr->mode)) && attr->nlink == 1;
+
+	return usual && one_place && !(attr->flags & (EXT2_IMMUTABLE_FL | EXT2_APPEND_FL)) && !xattr_any(img, in);
+}
+
+void x3_plain(x3_image *img, uint32_t dir, const uint32_t *inodes, uint32_t count, uint32_t *out)
+{
+	memset(out, 0, count * 2 * sizeof *out);
+	for (uint32_t i = 0; i < count; i++) {
+		if (!inodes[i])
+			continue;
+		QUERY (img) {
+			struct inode in = inode_get(img, inodes[i]);
+			struct x3_attr attr;
+			inode_attr(img, &in, &attr);
+			if (is_plain(img, dir, &in, &attr)) {
+				out[2 * i] = attr.mode;
+				out[2 * i + 1] = attr.generation;
+			}
+		}
+		op_finish(&op);
+	}
+}
+
 static void set_attributes(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr)
 {
 	struct inode in = inode_change(img, ino, what & (X3_MODE | X3_UID | X3_GID));

@@ -208,6 +208,14 @@ int x3_getattr(x3_image *img, uint32_t ino, struct x3_attr *out);
 int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out);
 
 /*
+ * For each of *count* inodes with a name in *dir*, store its mode and its generation in *out*, if these are all that a
+ * lookup needs to know; else two zeros. They are all for a directory, and for a regular file or symbolic link with one
+ * name, without extended attributes and times after 2262, that is neither immutable nor append-only. Inode 0, and one
+ * that cannot be read, get zeros.
+ */
+void x3_plain(x3_image *img, uint32_t dir, const uint32_t *inodes, uint32_t count, uint32_t *out);
+
+/*
  * Set the fields of *attr* that the bits of *what* select, and the ctime to now.
  *
  * Only the lowest 12 bits of the mode are used. Times outside of the inode's range are clamped.
@@ -407,6 +415,9 @@ int x3_checkpoint(x3_image *img);
 
 /* Free the cached blocks that can be read again. */
 void x3_shrink(x3_image *img);
+
+/* Whether a directory and its names are on disk, so that x3_fsync() of it has nothing to do. Does not block for I/O. */
+int x3_directory_is_synced(x3_image *img, uint32_t ino);
 
 /* Return about how many bytes the next commit and its barriers have to write to disk. Does not block. */
 uint64_t x3_unsynced(x3_image *img);

@@ -564,6 +564,7 @@ struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name,
 
 /* --- xattr.c --- */
 
+bool xattr_any(x3_image *img, const struct inode *in);
 bool xattr_rules(x3_image *img, const struct inode *in); /* whether it has ACLs, or attributes of "security" */
 int64_t xattr_list(x3_image *img, uint32_t ino, char *buf, uint64_t cap);
 int64_t xattr_get(x3_image *img, uint32_t ino, const char *name, uint32_t len, char *buf, uint64_t cap);

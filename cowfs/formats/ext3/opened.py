@@ -256,6 +256,10 @@ class Opened:
         """Return about how many bytes the next commit has to write to disk. Does not block."""
         return int(lib.x3_unsynced(self.handle))
 
+    def directory_is_synced(self, ino: int) -> bool:
+        """Whether a directory and its names are on disk. Does not block for I/O."""
+        return bool(lib.x3_directory_is_synced(self.handle, ino))
+
     def checkpoint(self) -> None:
         """Commit, and empty the journal. Blocks."""
         self._done(lib.x3_checkpoint(self.handle))

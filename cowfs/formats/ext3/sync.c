@@ -69,6 +69,17 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 	return error;
 }
 
+int x3_directory_is_synced(x3_image *img, uint32_t ino)
+{
+	int synced;
+
+	image_lock(img);
+	synced = !img->read_only && !img->aborted && !img->stalled &&
+		 !tid_after(img->changed[ino % 4096], img->committed); /* all of a directory is in the journal */
+	pthread_mutex_unlock(&img->lock);
+	return synced;
+}
+
 uint64_t x3_unsynced(x3_image *img)
 {
 	uint64_t synced = __atomic_load_n(&img->bytes_synced, __ATOMIC_RELAXED);

@@ -143,6 +143,16 @@ static void load(x3_image *img, const struct inode *in, struct attrs *all, struc
 	}
 }
 
+bool xattr_any(x3_image *img, const struct inode *in)
+{
+	struct attrs all;
+
+	if (!in->raw->i_file_acl && !inline_start(img, in))
+		return false;
+	load(img, in, &all, NULL);
+	return all.n > 0;
+}
+
 bool xattr_rules(x3_image *img, const struct inode *in)
 {
 	struct attrs all;

@@ -471,10 +471,12 @@ static void set_attr(struct world *w, const struct record *r)
 static void look(struct world *w, const struct record *r)
 {
 	static char target[4096];
-	uint32_t ino = pick(w, r->b);
+	uint32_t ino = pick(w, r->b), plain[2];
 
 	check(w, x3_readlink(w->img, ino, target, r->c % (sizeof target + 1)));
 	check(w, x3_parent(w->img, ino));
+	x3_directory_is_synced(w->img, ino);
+	x3_plain(w->img, pick(w, r->d), &ino, 1, plain);
 	is_above(w, ino, pick(w, r->d));
 }
 
