@@ -14,8 +14,10 @@ OFFSET = 1024
 SIZE = 128
 MAGIC = b"\xe2\xe1\xf5\xe0"
 
-# magic, checksum, feature_compat, blkszbits, sb_extslots, root_nid, inos, build_time, build_time_nsec, blocks
-_LAYOUT = struct.Struct("<4sIIBBHQQII")
+# magic, checksum, feature_compat, blkszbits, sb_extslots, root_nid, inos, build_time, build_time_nsec,
+# blocks, (meta_blkaddr, xattr_blkaddr, uuid, volume_name), feature_incompat, (compression,) extra_devices
+_LAYOUT = struct.Struct("<4sIIBBHQQII40xI2xH")
+_DEVICE_TABLE = 0x8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,15 @@ def parse(start: bytes, name: str, file_size: int) -> Superblock:
     raw = start[OFFSET : OFFSET + SIZE]
     if len(raw) < SIZE:
         raise LayerError(f"{name}: truncated EROFS image: {file_size} bytes")
-    _, _, _, block_log, _, _, inodes, made, _, blocks = _LAYOUT.unpack_from(raw)
+    _, _, _, block_log, _, _, inodes, made, _, blocks, needs, others = _LAYOUT.unpack_from(raw)
     size = blocks << block_log
     if not 9 <= block_log <= 16 or not inodes or not blocks or made >= 1 << 36:
         raise LayerError(f"{name}: damaged EROFS superblock")
     if size > file_size:
         raise LayerError(f"{name}: truncated EROFS image: {file_size} of {size} bytes")
+    if needs & _DEVICE_TABLE and others:
+        # Linux before 6.4 opens them by the names in the image: it would show any disk (fs/erofs/super.c).
+        raise LayerError(
+            f"{name}: parts of this EROFS image are on other devices", "make it with mkfs.erofs, in one file"
+        )
     return Superblock(raw, inodes, made, size)

@@ -21,9 +21,9 @@ def old(order: str, magic: bytes, major: int, minor: int) -> bytes:
     return (magic + bytes(24) + struct.pack(f"{order}HH", major, minor)).ljust(40_000, b"\0")
 
 
-def erofs(blocks: int, inodes: int = 5, block_log: int = 12) -> bytes:
+def erofs(blocks: int, inodes: int = 5, block_log: int = 12, devices: int = 0) -> bytes:
     head = struct.pack("<4sIIBBHQQII", MAGIC, 0, 0, block_log, 0, 36, inodes, 1_700_000_000, 0, blocks)
-    return at(1024, head)
+    return at(1024, head.ljust(80, b"\0") + struct.pack("<IHHH", 8 if devices else 0, 0, devices, 1))
 
 
 REPACK = "unsquashfs -d DIR FILE, mksquashfs DIR NEW"
@@ -72,6 +72,7 @@ def test_each_kind_is_named_with_what_to_do(tmp_path: Path, content: bytes, what
         (erofs(2, inodes=0), "damaged EROFS superblock"),
         (erofs(2, block_log=60), "damaged EROFS superblock"),
         (erofs(2)[:1100], "truncated EROFS image"),
+        (erofs(2, devices=1), "parts of this EROFS image are on other devices"),
     ],
 )
 def test_an_erofs_that_cannot_be_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
