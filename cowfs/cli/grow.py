@@ -86,6 +86,8 @@ def _wanted(text: str | None, image: str, *, mounted: bool) -> int | None:
     """Return the requested size in bytes, None for the size of the file. UsageError if it is invalid."""
     from cowfs.store.format.sizes import parse_size
 
+    if text and text.startswith("-"):
+        raise UsageError(f"{text}: grow makes a store larger", "cowfs shrink STORE SIZE makes it smaller")
     if not text or not text.startswith("+"):
         return parse_size(text) if text else None
     more = parse_size(text[1:])

@@ -8,11 +8,12 @@ import functools
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import cowfs
 from cowfs.cli.limits import explain_shortage
@@ -53,6 +54,11 @@ subcommands:
 
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, with the exit code of mount(8)."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        # argparse takes what matches for a value, not for an option: a negative size gets a message of its own.
+        self._negative_number_matcher = re.compile(r"-\d*\.?\d+[kmgt]?(?:i?b)?$", re.IGNORECASE)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         warn(f"{message} (see `{self.prog} --help`)")

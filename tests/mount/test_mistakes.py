@@ -92,6 +92,8 @@ def test_a_directory_in_a_mount_names_the_mount(here: Mounted) -> None:
 def test_an_amount_to_add_says_what_is_wrong_with_the_store(tmp_path: Path) -> None:
     assert "neither a store nor a cowfs mountpoint (" in said("grow", tmp_path, "+16M", code=32)
     assert "/none: no such store" in said("grow", tmp_path / "none", "+16M", code=32)
+    shrinks = "-16M: grow makes a store larger (cowfs shrink STORE SIZE makes it smaller)"
+    assert said("grow", tmp_path / "none", "-16M", code=1) == shrinks
 
 
 def test_what_cannot_be_made_names_what_to_do(here: Mounted, tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def test_a_small_store_has_inodes_for_when_it_is_large(tmp_path: Path) -> None:
     [
         ("15", "15 MiB is too small", 1),
         ("x", "is not a size", 1),
-        ("-5", "", 1),
+        ("-5", "'-5' is negative", 1),
+        ("-1.5G", "'-1.5G' is negative", 1),
         ("16T", "too large for ext3", 1),
         ("15T", "are free", 32),
     ],

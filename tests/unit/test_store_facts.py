@@ -57,7 +57,7 @@ def test_a_size_is_megabytes_unless_it_says_otherwise(text: str, size: int) -> N
     [
         "",
         "M",
-        "-1",
+        "--1",
         "1.5.5G",
         "1.",
         ".5G",

@@ -27,6 +27,8 @@ def parse_size(text: str) -> int:
     It is rounded down to whole blocks of 4 KiB, but not to 0. UsageError if *text* is not a size of a file.
     """
     match = _SIZE.fullmatch(text.strip())
+    if not match and _SIZE.fullmatch(text.strip().removeprefix("-")):
+        raise UsageError(f"{text!r} is negative", "write 256 or 256M for MiB, 2G for GiB")
     if not match:
         raise UsageError(f"{text!r} is not a size", "write 256 or 256M for MiB, 2G for GiB")
     unit = _UNITS[match[2].lower()]
