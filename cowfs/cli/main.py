@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
-        # argparse takes what matches for a value, not for an option: a negative size gets a message of its own.
+        # What matches is a value, not an option: a negative size gets a message of its own.
         self._negative_number_matcher = re.compile(r"-\d*\.?\d+[kmgt]?(?:i?b)?$", re.IGNORECASE)
 
     def error(self, message: str) -> None:  # type: ignore[override]

@@ -57,6 +57,7 @@ def load_all() -> None:
         with suppress(OSError):
             ctypes.CDLL(library)
     time.localtime()  # reads the time zone
+    linecache.cache.clear()  # sources that attrs keeps for debuggers: nobody will read them
     assert cowfs.__version__, "looks among the packages that are installed"
 
 

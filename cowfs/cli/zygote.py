@@ -22,7 +22,7 @@ from cowfs.cli import encrypted, helper_requests, mount, umount
 from cowfs.cli.main import main, prepare
 from cowfs.cli.own_files import load_all
 from cowfs.command import GOODBYE, LONGEST_REQUEST
-from cowfs.linux import offspring
+from cowfs.linux import offspring, seccomp
 from cowfs.linux.mount_table import mountinfo
 from cowfs.linux.signals import raise_keyboard_interrupts
 from cowfs.store.served.memory import keep_template
@@ -39,6 +39,9 @@ def serve(requests: socket.socket) -> None:
     prepare(["mount", ".", ".", "--store=memory", "-o", "x"])
     prepare(["umount", "."])
     keep_template()
+    if os.geteuid() == 0:  # daemons of other users have no filter
+        with suppress(OSError):  # without libseccomp, the daemon logs it
+            seccomp.prepare()
     mountinfo()  # its lines need not be parsed again
     gc.collect()
     gc.freeze()  # otherwise each fork would copy the pages that the collector writes to
