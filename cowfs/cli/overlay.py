@@ -12,7 +12,7 @@ import cowfs
 from cowfs.cli import options as mount_options
 from cowfs.cli.output import warn
 from cowfs.errors import UsageError
-from cowfs.overlay.named_whiteouts import STYLES
+from cowfs.overlay.named_whiteouts import OPAQUE_NAME, STYLES, hidden_by
 
 if TYPE_CHECKING:
     from cowfs.fuse.owners import OwnerMap
@@ -145,13 +145,21 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
         raise UsageError(
             "xattr_permissions: owners and modes in attributes are not supported", "leave it out"
         )
+    style = _style(words)
+    named = None if not upper or style == "overlayfs" else _named_whiteout(_plain(upper))
+    if named is not None:  # a layer of an image: a write could change what its digest is of
+        warn(
+            f"{named}: a whiteout by name in upperdir: mounted read-only (whiteouts=overlayfs reads no names)"
+        )
+        given.flags.add("ro")
+        lowers, upper = (_plain(upper), *lowers), ""
     return UnionOptions(
         lowers=tuple(os.path.abspath(lower) for lower in lowers),
         store=os.path.abspath(_plain(upper)) if upper else "memory",
         work=os.path.abspath(_plain(work)) if upper else "",
         force_lower=True,
         data_only=data_only,
-        whiteouts=(_style(words),) * (len(lowers) - data_only),
+        whiteouts=(style,) * (len(lowers) - data_only),
         atime=given.atime,
         durable="volatile" not in words and words.get("fsync", "1") != "0",
         metacopy=words.get("metacopy") == "on",
@@ -168,6 +176,15 @@ def _style(words: dict[str, str]) -> str:
     if style not in STYLES:
         raise UsageError(f"unknown whiteouts {style!r}", "give one of " + ", ".join(STYLES))
     return style
+
+
+def _named_whiteout(upper: str) -> str | None:
+    """Return the path of a whiteout by name (of a name, or of all below) in a tree; None if it has none."""
+    for directory, _, files in os.walk(upper):
+        for name in map(os.fsencode, files):
+            if name == OPAQUE_NAME or hidden_by(name) is not None:
+                return os.path.join(directory, os.fsdecode(name))
+    return None
 
 
 def _plain(path: str) -> str:

@@ -102,6 +102,23 @@ def test_without_an_upper_it_is_read_only(place: Path) -> None:
         assert refused.value.errno == errno.EROFS
 
 
+def test_an_upper_with_named_whiteouts_is_read(place: Path) -> None:
+    """Podman mounts an unpacked layer of an image as the upper, to list its changes."""
+    up = place / "deep/up"
+    (up / ".wh.a").touch()
+    (up / "d").mkdir()
+    (up / "d/.wh..wh..opq").touch()
+    (up / "d/new").touch()
+    with overlay(place) as top:
+        assert sorted(str(p.relative_to(top)) for p in top.rglob("*")) == ["b", "d", "d/new"]
+        with pytest.raises(OSError) as refused:
+            (top / "d/newer").touch()
+        assert refused.value.errno == errno.EROFS
+    with overlay(place, "whiteouts=overlayfs") as top:
+        assert {".wh.a", "a", "b", "hidden"} <= {p.name for p in top.iterdir()}
+        (top / "d/newer").touch()
+
+
 def test_opaque_directories_of_lowers_hide_what_is_below(place: Path) -> None:
     """Those that it has written itself, and those of overlayfs and of fuse-overlayfs."""
     marks = ("trusted.overlay.opaque", "user.overlay.opaque", "user.fuseoverlayfs.opaque")
