@@ -26,7 +26,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowfs.checkpoints import Checkpoint, checkpoint, checkpoints, delete_checkpoint, rollback
+from cowfs.checkpoints import (
+    Checkpoint,
+    checkpoint,
+    checkpoints,
+    delete_checkpoint,
+    deleted_counts,
+    is_mount_above_deleted,
+    rollback,
+)
 from cowfs.client import ask, checked_answer, find_mount
 from cowfs.command import warm as warm  # noqa: PLC0414 (re-exported by the package)
 from cowfs.errors import SystemFailure, UsageError
@@ -439,6 +447,7 @@ def take_back(
     how many changes or names were looked at, and about how many there are, or 0. CowfsError says why it
     cannot be done.
     """
+    from cowfs.store.format.checkpoints import is_above_deleted
     from cowfs.take_back import offline, request
 
     message = request(
@@ -447,11 +456,15 @@ def take_back(
     found = find_mount(what)
     with ExitStack() as stack:
         if found is not None:
+            if asked in _COMPARING and is_mount_above_deleted(what):
+                tell(deleted_counts(what))
             replies: Iterator[dict[str, Any]] = ask(found.dev, "take_back", timeout=PATIENCE, **message)
         elif not dry_run and not _is_needed(what, message, lowers or Lowers(), tick):
             return
         else:
             union = open_offline_union(what, lowers or Lowers(), stack, tell, read_only=dry_run)
+            if asked in _COMPARING and is_above_deleted(union.store.layers, union.store.upper):
+                tell(deleted_counts(what))
             replies = offline(union, message)
         for reply in replies:
             if "seen" in reply:
@@ -462,6 +475,10 @@ def take_back(
                 path = base64.b64decode(reply["path"])
                 done = Done(path, str(reply["why_not"]), str(reply["kind"]), int(reply["bytes"]))
             yield done
+
+
+_COMPARING = {"revert", "vacuum"}
+"""What :func:`take_back` does by comparing with the layer below."""
 
 
 def _is_needed(what: str, message: dict[str, Any], lowers: Lowers, tick: Callable[[int, int], None]) -> bool:

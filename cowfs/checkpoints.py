@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any, NamedTuple
 
 from cowfs.client import ask, checked_answer, find_mount
-from cowfs.errors import MountFailure
+from cowfs.errors import CowfsError, MountFailure
 from cowfs.mounted_changes import PATIENCE
 from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
 
@@ -50,6 +50,20 @@ def checkpoints(what: str) -> list[Checkpoint]:
             )
             for one in told
         ]
+
+
+def is_mount_above_deleted(what: str) -> bool:
+    """Whether *what* is a mount that still compares with a deleted checkpoint, which is merged later."""
+    found = find_mount(what)
+    with suppress(CowfsError):  # an older daemon
+        return found is not None and any(one.get("above_deleted") for one in ask(found.dev, "above_deleted"))
+    return False
+
+
+def deleted_counts(what: str) -> str:
+    """Return the warning that reverting and a vacuum compare with a deleted checkpoint."""
+    counts = f"{what}: changes made before the deleted checkpoint still count as part of the lower"
+    return counts + (" (until it is unmounted and mounted again)" if find_mount(what) else "")
 
 
 def checkpoint(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:

@@ -119,13 +119,18 @@ def _of_taking_back(
 
         yield from listed(union.store.layers, union.store.upper)
 
+    def above_deleted(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        from cowfs.store.format.checkpoints import is_above_deleted
+
+        yield {"above_deleted": is_above_deleted(union.store.layers, union.store.upper)}
+
     def lower(request: dict[str, Any]) -> Replies:
         from cowfs.modules import told
 
         return told(union, request, ask_again)
 
     answers = {"take_back": take_back, "checkpoint": checkpoint, "checkpoints": checkpoints}
-    return {**answers, "lower": lower}
+    return {**answers, "above_deleted": above_deleted, "lower": lower}
 
 
 def _of_the_whole_store(union: Union) -> Mapping[str, Any]:

@@ -114,7 +114,7 @@ class Browser(App[None]):
 
     def _title(self, state: str) -> None:
         # The state comes first, because a long path may be cut off.
-        since = "" if self._source.since is None else f" since {printable(self._source.since)}"
+        since = "" if not self._source.since else f" since {printable(self._source.since)}"
         self.screen_stack[0].query_one("#title", Static).update(
             Text(f"{state}: {printable(self._source.what)}{since}", no_wrap=True, overflow="ellipsis")
         )

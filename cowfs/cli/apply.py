@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.changes.render import escape, line
     from cowfs.linux.limits import take_all_descriptors
 
+    options.must_have_name(args.backup, "--backup ")
     lowers = options.lowers_to_open(args)
     take_all_descriptors()  # each directory on the way to a path uses one
     if args.undo:

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
+    options.must_have_name(args.file)
     take_all_descriptors()  # each directory on the way to a path needs several
     whole = bytes_of(args.what)
     with cleaned_up(), progress_line() as progress:

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.format.sizes import format_size, parse_size
     from cowfs.store.offline.create import create_on_device, create_store
 
+    options.must_have_name(args.store)
     on_device = is_device(args.store)
     if args.size is None and not on_device:
         raise UsageError(f"{args.store}: no size given", "512 or 512M is 512 MiB")

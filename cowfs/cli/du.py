@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "du"
 VERSION = 1
+_STANDARD_OUTPUT = "-"
 
 _DESCRIPTION = """\
 Show what fills a store: how much space is taken, for what reason, and below which directories; and how much
@@ -41,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = options.add_subcommand(subparsers, NAME, "show what fills a store", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
-    parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image")
+    parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image; -: standard output")
     parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
     options.add_json_or_null(
         parser,
@@ -71,6 +72,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--force replaces the file of --treemap", "add --treemap FILE")
     if not args.treemap:
         return _show(args, None)
+    if args.treemap == _STANDARD_OUTPUT:
+        if args.json or args.null:
+            raise UsageError(
+                "--treemap -: standard output can hold the picture or the list",
+                "leave one of them out, or give --treemap a file",
+            )
+        return _show(args, sys.stdout.buffer)
     with new_file(args.treemap, force=args.force) as fd, open(fd, "wb", closefd=False) as picture:
         return _show(args, picture)
 
@@ -85,7 +93,7 @@ def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
     who: dict[bytes, str] = {}
     trash = None
     with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
-        if picture is not None:
+        if picture is not None and args.treemap != _STANDARD_OUTPUT:
             must_be_elsewhere(args.treemap, changes.paths())
         if args.programs:
             who = _programs(changes, args.what)
@@ -103,6 +111,9 @@ def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
                 total.add(used, who)
     if picture is not None:
         picture.write(areas.picture().encode())
+        if args.treemap == _STANDARD_OUTPUT:
+            picture.flush()
+            return 0
     free = {} if args.null else _reclaimable(args.what, lowers, trash or 0)
     if args.json:
         print(json.dumps({"version": VERSION, "reclaimable": free}))

@@ -164,6 +164,7 @@ def start(
     mountpoint = check_mountpoint(where)
     _check_permission(mountpoint, given)
     log = given.values.get("log")
+    mount_options.must_have_name(log, "log=")
     if log:
         log = os.path.abspath(log)
         os.close(open_log(log))  # the daemon opens it again, but here the user sees an error

@@ -265,6 +265,12 @@ def split_layers(text: str) -> tuple[tuple[str, ...], int]:
     return tuple(names), data_only
 
 
+def must_have_name(path: str | None, option: str = "") -> None:
+    """UsageError for ``-``, which elsewhere is standard output: what is written here cannot go there."""
+    if path == "-":
+        raise UsageError(f"{option}-: cannot be standard output", "give a name; ./- is a file of this name")
+
+
 def lowers_of(args: argparse.Namespace, engine: str = "auto", *, force: bool = False) -> Lowers:
     """Return the lowers of ``--lower`` and ``--offset``."""
     from cowfs.api import Lowers

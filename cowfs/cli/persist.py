@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask the daemon to move its store to a file."""
     from cowfs.store.format.sizes import format_size, parse_size
 
+    options.must_have_name(args.store)
     shown, kept = persist(args.mountpoint, args.store, parse_size(args.size) if args.size else None)
     note(f"{args.mountpoint}: changes are now kept in {shown} ({format_size(kept)})")
     return 0

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.rebasing import rebase
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
+    options.must_have_name(args.conflicts, "--conflicts ")
     old, new = _lowers(args, args.old, ""), _lowers(args, args.onto, args.offset)
     take_all_descriptors()
     with cleaned_up(), progress_line() as progress:

@@ -129,8 +129,13 @@ def _list(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lower
     from cowfs.api import open_changes
     from cowfs.changes.render import json_line, line
     from cowfs.changes.select import ALL, METADATA, selected
+    from cowfs.checkpoints import deleted_counts
+    from cowfs.store.format.checkpoints import BELOW
 
-    with open_changes(what, lowers, warn, since=last_checkpoint(what)) as changes:
+    since = last_checkpoint(what)
+    if since == BELOW:
+        warn(deleted_counts(what))
+    with open_changes(what, lowers, warn, since=since) as changes:
         selection = selected(paths, METADATA if args.metadata else ALL)
         selection.must_exist(changes, what)
         is_listed = sys.stdout.isatty()
@@ -161,9 +166,16 @@ def json_of(done: Done) -> str:
 
 
 def last_checkpoint(what: str) -> str | None:
-    """Return the checkpoint to which changes are reverted; None if it is the lower."""
-    from cowfs.api import checkpoints
+    """Return the checkpoint to which changes are reverted; None if it is the lower.
 
+    :data:`cowfs.store.format.checkpoints.BELOW` if it is a deleted one, until its layer is merged.
+    """
+    from cowfs.api import checkpoints
+    from cowfs.checkpoints import is_mount_above_deleted
+    from cowfs.store.format.checkpoints import BELOW
+
+    if is_mount_above_deleted(what):
+        return BELOW
     with suppress(CowfsError):  # opening the store reports it
         return next((one.name for one in checkpoints(what) if one.last), None)
     return None

@@ -137,6 +137,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--root and {args.lower}exclude each other", "cowfs run --root ROOT -- COMMAND")
     if args.root is None and (args.lower is None or args.mountpoint is None):
         raise UsageError("no root given", "cowfs run --root / -- COMMAND, or LOWER MOUNTPOINT")
+    mount_options.must_have_name(args.keep, "--keep ")
     has_store = args.store not in {None, "memory"}
     if has_store and args.keep:
         raise UsageError("--store and --keep: both say where the changes are kept", "leave one of them out")

@@ -164,6 +164,15 @@ def test_what_was_before_a_deleted_checkpoint_can_be_reverted(tmp_path: Path) ->
         script("echo new >a; rm b; echo c >c", mnt)
         cowfs("checkpoint", mnt, "one", check=True)
         cowfs("checkpoint", mnt, "--delete", "one", check=True)
+        still = f"cowfs: {mnt}: changes made before the deleted checkpoint still count as part of the lower "
+        still += "(until it is unmounted and mounted again)\n"
+        for words in (["vacuum"], ["vacuum", "-n"], ["revert", "-n", "--all"], ["revert", "--all"]):
+            done = cowfs(words[0], mnt, *words[1:])
+            assert done.stderr.startswith(still) and not done.stdout
+        script("echo newer >a", mnt)
+        assert cowfs("revert", mnt, "-n", "--all", check=True).stdout == "M  a  (content, times)\n"
+        assert cowfs("revert", mnt, "--all", check=True).stdout == "reverted a\n"
+        assert (mnt / "a").read_text() == "new\n"
     assert cowfs("revert", store, "--all", check=True).stdout == "reverted a\nreverted c\nreverted b\n"
     assert cowfs("diff", store, check=True).stdout == ""
     with mounted(lower, mnt, store):

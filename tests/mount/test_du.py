@@ -117,6 +117,8 @@ def test_the_treemap_is_a_picture(tmp_path: Path) -> None:
         assert (refused.returncode, refused.stdout) == (1, "") and "--force" in refused.stderr
         assert (tmp_path / "map.svg").read_text() == "mine"
         cowfs("du", here.path, "--json", "--treemap", tmp_path / "map.svg", "--force", check=True)
+        piped = cowfs("du", here.path, "--treemap", "-", check=True)
+        assert (piped.stdout, piped.stderr) == ((tmp_path / "map.svg").read_text(), "")
     root = ElementTree.parse(tmp_path / "map.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     areas = {}
@@ -134,6 +136,8 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         (["lower"], 32, "neither a store"),
         (["lower", "--top", "x"], 1, "--top"),
         (["lower", "--force"], 1, "--treemap"),
+        (["lower", "--treemap", "-", "--json"], 1, "--treemap -"),
+        (["lower", "--treemap", "-", "-z"], 1, "--treemap -"),
     ):
         done = cowfs("du", tmp_path / words[0], *words[1:])
         assert (done.returncode, done.stdout) == (code, "") and word in done.stderr, done

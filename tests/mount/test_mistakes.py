@@ -37,6 +37,7 @@ def said(*words: str | os.PathLike[str], code: int, nobody: bool = False) -> str
     return done.stderr.removeprefix("cowfs: ").rstrip("\n")
 
 
+NOT_PIPED = "cannot be standard output (give a name; ./- is a file of this name)"
 EMPTY, UNSET = "an empty argument was given for", ": is a shell variable unset?"
 
 
@@ -50,6 +51,14 @@ EMPTY, UNSET = "an empty argument was given for", ": is a shell variable unset?"
         (["mount", "/usr", "/mnt", "--store="], f"{EMPTY} --store{UNSET} (see `cowfs mount --help`)"),
         (["umount", ""], f"{EMPTY} MOUNTPOINT{UNSET} (see `cowfs umount --help`)"),
         (["grow", "", "1G"], f"{EMPTY} STORE{UNSET} (see `cowfs grow --help`)"),
+        (["create", "-", "16"], f"-: {NOT_PIPED}"),
+        (["backup", "s.bs", "-"], f"-: {NOT_PIPED}"),
+        (["restore", "s.bs", "-"], f"-: {NOT_PIPED}"),
+        (["persist", "/mnt", "-"], f"-: {NOT_PIPED}"),
+        (["run", "--root", "/", "--keep", "-", "--", "true"], f"--keep -: {NOT_PIPED}"),
+        (["apply", "s.bs", "/mnt", "--backup", "-"], f"--backup -: {NOT_PIPED}"),
+        (["rebase", "s.bs", "--onto", "/", "--conflicts", "-"], f"--conflicts -: {NOT_PIPED}"),
+        (["mount", "/etc", "/mnt", "-o", "log=-"], f"log=-: {NOT_PIPED}"),
         (["-q", "difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
         (["-z", "diff"], "-z: no subcommand before it (cowfs SUBCOMMAND [OPTION]...; see `cowfs --help`)"),
     ],

@@ -32,6 +32,8 @@ from cowfs.store.format import layout
 from cowfs.store.format.header import WITH_LAYERS, Header
 
 LAYERS = b"layers"
+BELOW = ""
+"""In place of a checkpoint's name: the layer directly below the upper, even if its checkpoint was deleted."""
 UPPER = 0
 """The number of the upper, where layers have numbers."""
 _LONGEST = 100
@@ -392,15 +394,17 @@ class Range(NamedTuple):
 def between(layers: Layers, upper: Key, since: str | None, until: str | None) -> Range:
     """Return the layers between the checkpoints *since* (None: the lowers) and *until* (None: now).
 
-    *upper* is the store's. Blocks. UsageError if a checkpoint does not exist, or if the later one is not
-    based on the earlier one.
+    :data:`BELOW` is the state directly below *upper*, which is the store's. Blocks. UsageError if a
+    checkpoint does not exist, or if the later one is not based on the earlier one.
     """
-    if until is None:
+    if until is None or until == BELOW:
         chain = layers.frozen(upper)
     else:
         chain = layers.under(layers.named(until))
     at = len(chain)
-    if since is not None:
+    if since == BELOW:
+        at = 0
+    elif since is not None:
         numbers = [one.number for one in chain]
         earlier = layers.named(since)
         if earlier.number not in numbers:
@@ -411,6 +415,11 @@ def between(layers: Layers, upper: Key, since: str | None, until: str | None) ->
             )
         at = numbers.index(earlier.number)
     return Range(until is None, chain[:at], chain[at:])
+
+
+def is_above_deleted(layers: Layers, upper: Key) -> bool:
+    """Whether the layer directly below *upper* is that of a deleted checkpoint. Blocks."""
+    return any(not one.name for one in layers.frozen(upper)[:1])
 
 
 def listed(layers: Layers, upper: Key) -> list[dict[str, Any]]:
