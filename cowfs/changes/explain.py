@@ -77,13 +77,31 @@ def explain(
     if inode is not None:
         answer["bytes"] = inode.attr.st_blocks * 512
         answer["change"], answer["what"] = _change(inode, base, here, xattrs, view)
+    elif base is not None and names and not hits and _is_directory(stack, names[:-1]):
+        answer["change"] = "D"  # an opaque directory hides it
     return answer
+
+
+def _is_directory(stack: Stack, names: Path) -> bool:
+    hits = stack.look(stack.roots, names).hits if names else []
+    return not names or (bool(hits) and stat.S_ISDIR(hits[0][2].st_mode))
+
+
+def _looked_for(stack: Stack, number: int, names: Path) -> Path:
+    """Return where a layer would have a path, which a layer above has: redirects may lead elsewhere."""
+    for depth in range(len(names) - 1, 0, -1):
+        verdicts: list[Verdict] = []
+        stack.look(stack.roots, names[:depth], directories=True, verdicts=verdicts)
+        found = [one.path for one in verdicts if one.layer == number and one.rule is not Rule.REDIRECT]
+        if found:
+            return (*max(found, key=len), *names[depth:])
+    return names
 
 
 def _of_layer(stack: Stack, number: int, names: Path, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     mine = [verdict for verdict in verdicts if verdict.layer == number]
     at_end = [verdict for verdict in mine if verdict.rule is not Rule.REDIRECT]
-    path = max((verdict.path for verdict in at_end), key=len) if at_end else names
+    path = max((one.path for one in at_end), key=len) if at_end else _looked_for(stack, number, names)
     entry: dict[str, Any] = {"type": None}
     put_path(entry, "path", b"/".join(path))
     layer, key = stack.layers[number], stack.root_of[number]

@@ -19,6 +19,7 @@ pytestmark = needs_fuse
 
 WORK = """
 echo more >>etc/fstab; rm etc/hosts; mv usr bin; rm -r old; mkdir old; chmod 600 big; echo two >>second
+echo more >>bin/lib/so
 chmod 600 script; chmod 755 script; chmod 644 script; echo new >added
 """
 
@@ -41,6 +42,7 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
         "etc/fstab",
         "etc/hosts",
         "bin/tool",
+        "bin/lib/so",
         "old/f",
         "big",
         "first",
@@ -57,7 +59,8 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
     assert explained(store, *paths) == live
     answers = dict(zip(paths, live, strict=True))
     assert {path: answer["change"] for path, answer in answers.items()} == {
-        "etc/fstab": "M", "etc/hosts": "D", "bin/tool": None, "old/f": None, "big": "M", "first": "M",
+        "etc/fstab": "M", "etc/hosts": "D", "bin/tool": None, "bin/lib/so": "M", "old/f": "D", "big": "M",
+        "first": "M",
         "added": "A", "etc": None, "nothing": None, "script": None,
         "etc/fstab/below a file": None,
     }  # fmt: skip
@@ -66,6 +69,8 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
     assert answers["etc/hosts"]["layers"][0]["type"] == "whiteout" and not answers["etc/hosts"]["seen"]
     assert rules(answers["bin/tool"]) == [["redirect"], ["shown"]]
     assert answers["bin/tool"]["layers"][1]["path"] == answers["bin/tool"]["source"] == "usr/tool"
+    assert answers["bin/lib/so"]["layers"][1]["path"] == answers["bin/lib/so"]["source"] == "usr/lib/so"
+    assert answers["bin/lib/so"]["layers"][1]["size"] == 3
     assert rules(answers["old/f"]) == [["opaque"], []] and not answers["old/f"]["seen"]
     assert rules(answers["big"]) == [["metacopy"], ["data"]] and answers["big"]["what"] == ["mode"]
     assert rules(answers["first"])[0] == ["index"] and answers["first"]["what"] == ["content", "times"]
