@@ -16,6 +16,7 @@ from cowfs.exports.plan import Item, Plan, everything
 from cowfs.layers import beneath
 from cowfs.layers.base import File
 from cowfs.layers.kernel_file import KernelFile
+from cowfs.layers.partial import either
 
 _PIECE = 1 << 20
 
@@ -165,11 +166,20 @@ def _is_same_node(one: Node, other: Node) -> bool:
 
 
 def _has_content(there: File, file: File, size: int) -> bool:
-    for position in range(0, size, _PIECE):
-        length = min(_PIECE, size - position)
+    for position, length in pieces(there, file, size):
         if there.pread(length, position) != file.pread(length, position):
             return False
     return True
+
+
+def pieces(there: File, file: File, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the place and length of each piece of two files that must be read to compare them.
+
+    Where both have holes, they are equal: a user's file of some terabytes may hold nothing else.
+    """
+    for start, stop in either(there.segments(size), file.segments(size)):
+        for position in range(start, stop, _PIECE):
+            yield position, min(_PIECE, stop - position)
 
 
 def is_same(fd: int, info: os.stat_result, node: Node) -> bool:

@@ -15,11 +15,9 @@ from cowfs.changes.paths import join
 from cowfs.changes.version import Node, Tree
 from cowfs.exports.apply import MOUNTED, is_replaced
 from cowfs.exports.apply_root import Root, is_ours
-from cowfs.exports.conflicts import is_same
+from cowfs.exports.conflicts import is_same, pieces
 from cowfs.layers import beneath
 from cowfs.layers.kernel_file import KernelFile
-
-_PIECE = 1 << 16
 
 Facts = tuple[int, int, int, int, int]
 """Mode, size, mtime and ctime in ns, and number of links."""
@@ -94,8 +92,7 @@ def _is_torn(fd: int, info: os.stat_result, node: Node) -> bool:
     if info.st_size not in {0, node.attr.st_size}:
         return False
     with closing(KernelFile(beneath.reopen(fd, os.O_RDONLY))) as there, closing(node.open()) as file:
-        for position in range(0, info.st_size, _PIECE):
-            size = min(_PIECE, info.st_size - position)
+        for position, size in pieces(there, file, info.st_size):
             has, wants = there.pread(size, position), file.pread(size, position)
             if has != wants and any(one not in {0, other} for one, other in zip(has, wants, strict=True)):
                 return False

@@ -332,3 +332,15 @@ def test_into_another_store(made: tuple[Path, Snapshot], tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
     with mounted(top / "lower", tmp_path / "mnt", other):
         assert contents(seen(tmp_path / "mnt")) == mine
+
+
+def test_holes_are_not_read(tmp_path: Path) -> None:
+    """A file that holds nothing is compared at once, however large: reading this one would take minutes."""
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower/huge").touch()
+    os.truncate(tmp_path / "lower/huge", 4 << 40)
+    copy = copy_of(tmp_path, tmp_path / "copy")
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        (here.path / "huge").chmod(0o600)
+    cowfs("apply", tmp_path / "store", copy, check=True)
+    assert (copy / "huge").stat().st_mode & 0o777 == 0o600
