@@ -96,7 +96,6 @@ class Adapter(BeyondHandlers):
         self._listings: dict[int, OpenDirectory] = {}
         self._listed = 0
         self._kept: set[Node] = set()
-        self._capability_taken: set[int] = set()
         self._missing = EntryAttributes()  # st_ino 0: the kernel caches that the name does not exist
         self._missing.entry_timeout = FOREVER
 

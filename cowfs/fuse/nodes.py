@@ -62,6 +62,7 @@ class NodeHandlers(Handlers):
         self._sweeping = False
         fs.host.sweep_soon = self._sweep_soon
         self._no_default_acl: set[int] = set()
+        self._capability_taken: set[int] = set()
         self._owners = owners(owner_map)
         self._passthrough = Passthrough(fs.upper, passthrough)
         self.supports_dot_lookup = fs.exports
@@ -86,7 +87,9 @@ class NodeHandlers(Handlers):
             libfuse.take_shortcuts(self._shortcuts(upper))
 
     def _shortcuts(self, upper: Ext3Layer) -> Shortcuts:
-        return Shortcuts(self._fs, upper, self._masked, self._loop.is_quiet, self._listed_at_once)
+        return Shortcuts(
+            self._fs, upper, self._masked, self._loop.is_quiet, self._listed_at_once, self._capability_taken
+        )
 
     def _listed_at_once(self, number: int, start: int) -> Listing | None:
         """Return the names to list in an open directory from the place *start* on; None if it takes long."""

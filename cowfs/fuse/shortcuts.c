@@ -26,12 +26,28 @@ enum function {
 	RENAME,
 	READ,
 	LIST,
+	COPY_UP,
 	HAS_NO_XATTRS,
+	HAS_NO_CAPABILITY,
 	IS_SYNCED,
 	FUNCTIONS
 };
-static const char *const NAMES[] = { "lookup", "getattr", "create", "mkdir", "symlink",       "link",
-				     "unlink", "rename",  "read",   "list",  "has_no_xattrs", "is_synced" };
+static const char *const NAMES[FUNCTIONS] = {
+	[LOOKUP] = "lookup",
+	[GETATTR] = "getattr",
+	[CREATE] = "create",
+	[MKDIR] = "mkdir",
+	[SYMLINK] = "symlink",
+	[LINK] = "link",
+	[UNLINK] = "unlink",
+	[RENAME] = "rename",
+	[READ] = "read",
+	[LIST] = "list",
+	[COPY_UP] = "copy_up",
+	[HAS_NO_XATTRS] = "has_no_xattrs",
+	[HAS_NO_CAPABILITY] = "has_no_capability",
+	[IS_SYNCED] = "is_synced",
+};
 static PyObject *functions[FUNCTIONS];
 
 void shortcuts_reset(void)
@@ -262,6 +278,16 @@ bool shortcut_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_i
 	return done;
 }
 
+uint32_t shortcut_copy_up(fuse_ino_t ino)
+{
+	PyObject *number = may_change(COPY_UP) ? PyLong_FromUnsignedLong(ino) : NULL;
+	PyObject *result = number ? call(COPY_UP, &number, 1) : NULL;
+	uint32_t inode = result ? (uint32_t)PyLong_AsUnsignedLong(result) : 0;
+
+	Py_XDECREF(result);
+	return inode;
+}
+
 /* Return data of a small file; NULL if the handler must read it. */
 static PyObject *read_small(fuse_ino_t ino, size_t size, off_t offset)
 {
@@ -372,9 +398,11 @@ bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name)
 
 	for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
 		known = known || (!strncmp(name, kinds[i], strlen(kinds[i])) && name[strlen(kinds[i])]);
-	/* The handler notes who has asked for a capability. */
-	if (!known || !strcmp(name, "security.capability") || !ask(HAS_NO_XATTRS, ino))
+	bool capability = !strcmp(name, "security.capability");
+	if (!known || !ask(capability ? HAS_NO_CAPABILITY : HAS_NO_XATTRS, ino))
 		return false;
+	if (capability)
+		no_capability_add(ino);
 	fuse_reply_err(req, ENODATA);
 	return true;
 }

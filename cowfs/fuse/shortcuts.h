@@ -25,6 +25,8 @@ bool shortcut_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_i
 bool shortcut_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset);
 bool shortcut_readdirplus(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset, uint64_t number);
 bool shortcut_fsyncdir(fuse_req_t req, fuse_ino_t ino); /* of a directory that is on disk already */
+/* Copy up a small file of an image below; return its number in the store's image, 0 if that is not done. */
+uint32_t shortcut_copy_up(fuse_ino_t ino);
 bool shortcut_copy(fuse_req_t req); /* a request that came as a read with the handle number BEYOND */
 bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name);
 bool shortcut_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size);

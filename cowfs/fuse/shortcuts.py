@@ -16,6 +16,7 @@ from cowfs.overlay.dir import Owner, add_file, remove_file
 from cowfs.overlay.node import APART, LAYER, LAYER_BITS, Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.readdir import Listing, plain_nodes
+from cowfs.overlay.whole import copy_up_small
 from cowfs.types import Attr
 
 _NO_NAME = b"/"
@@ -40,11 +41,14 @@ class Shortcuts:
         masked: Callable[[Node, int, int], int],
         is_quiet: Callable[[], bool],
         listed: Callable[[int, int], Listing | None],
+        capability_taken: set[int],
     ) -> None:
         """*upper* is the image; *masked* applies the umask to the mode of a new inode in a directory;
         *is_quiet* says whether no other request waits. *listed* returns the names for an open directory and a
-        place to begin at; None if finding them takes long."""
+        place to begin at; None if finding them takes long. *capability_taken* are the inodes whose capability
+        the kernel has just removed."""
         self._listed = listed
+        self._capability_taken = capability_taken
         self._is_quiet = is_quiet
         self._fs = fs
         self._upper = upper
@@ -210,6 +214,23 @@ class Shortcuts:
             return entries
         except Exception:
             return None
+
+    def copy_up(self, ino: int) -> int:
+        """Copy up a small file of an image below, for a change that C makes. Return its number in the store's
+        image; 0: ask the handler to make the change."""
+        node = self._nodes.get(ino)
+        if node is None or node.upper is not None or ino & APART:
+            return 0
+        try:
+            below = node.below
+            in_image = isinstance(below, int) and type(self._fs.lowers[below & LAYER]) is SquashfsLayer
+            return int(node.upper or 0) if in_image and copy_up_small(self._fs, node) else 0
+        except Exception:
+            return 0
+
+    def has_no_capability(self, ino: int) -> bool:
+        """Whether an inode is known to have no file capability, and none was removed a moment ago."""
+        return not self._capability_taken and self.has_no_xattrs(ino)
 
     def has_no_xattrs(self, ino: int) -> bool:
         """Whether an inode is known to have no extended attributes at all."""

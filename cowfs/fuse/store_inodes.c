@@ -65,6 +65,14 @@ static uint32_t find(fuse_ino_t ino, bool to_change)
 	return inode >= 0 ? inode : to_change ? 0 : -inode;
 }
 
+/* The same for a change; a small file of a lower is copied up for it. */
+static uint32_t find_to_change(fuse_ino_t ino)
+{
+	uint32_t inode = find(ino, true);
+
+	return inode ? inode : shortcut_copy_up(ino);
+}
+
 /* Whether the last request is a change that Python must see; else it is noted. */
 static bool is_observed(void)
 {
@@ -169,7 +177,7 @@ bool store_setattr(fuse_req_t req, fuse_ino_t ino, const struct stat *to, int wh
 {
 	struct x3_attr attr;
 	uint32_t what = store.find ? translate(to, which, &attr) : 0;
-	uint32_t inode = what && !*store.pressed ? find(ino, true) : 0;
+	uint32_t inode = what && !*store.pressed ? find_to_change(ino) : 0;
 	int failure;
 
 	if (!inode || is_observed())
@@ -256,7 +264,7 @@ bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data,
 	if (!store.find || *store.pressed || fi->writepage || fi->flags & (O_SYNC | O_DSYNC) || data->count != 1 ||
 	    data->idx || data->off || from->flags & FUSE_BUF_IS_FD)
 		return false;
-	uint32_t inode = find(ino, true);
+	uint32_t inode = find_to_change(ino);
 	if (!inode || is_observed() || !write_simple(inode, from->mem, from->size, offset))
 		return false;
 	if (store.observed)

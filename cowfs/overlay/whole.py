@@ -6,6 +6,7 @@ It creates nothing in the work directory and renames nothing: on disk, the copy 
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import closing
 
 from cowfs.layers import acl
@@ -37,6 +38,27 @@ def copy_whole(fs: OverlayFs, node: Node, attr: Attr, size: int) -> bool:
     node.metacopy = False
     set_upper(fs, node, key)
     return True
+
+
+def copy_up_small(fs: OverlayFs, node: Node) -> bool:
+    """Copy up a small file that one lower has, under one name, in a directory that the upper has.
+
+    Return False, with nothing changed, for any other; and if it needs more than :func:`copy_whole`.
+    """
+    parent = node.parent
+    if (
+        node.upper is not None
+        or not isinstance(node.below, int)
+        or not stat.S_ISREG(node.mode)
+        or node.mode & (stat.S_ISUID | stat.S_ISGID)
+        or node.copying is not None
+        or parent is None
+        or parent.upper is None
+    ):
+        return False
+    attr = fs.stat(node)
+    size = attr.st_size
+    return attr.st_nlink == 1 and size < fs.options.metacopy_from and copy_whole(fs, node, attr, size)
 
 
 def _xattrs_of(fs: OverlayFs, node: Node, original: Original) -> list[Xattr] | None:

@@ -294,6 +294,26 @@ def test_copying_and_removing_files_needs_no_coroutines(over_squashfs: Noted) ->
     assert (target / "large").read_bytes() == b"below\n" * 200_000
 
 
+@needs_root
+@needs_mksquashfs
+def test_small_files_are_copied_up_without_coroutines(over_squashfs: Noted) -> None:
+    top = over_squashfs.path
+    os.utime(top / "d", (8, 8))  # which copies it up
+    over_squashfs.forget()
+    with (top / "d/small").open("ab") as file:
+        file.write(b"more\n")
+    os.chown(top / "d/empty", NOBODY, NOBODY)
+    assert [kind for kind in (*_HANDLED, "getxattr") if over_squashfs.requests(kind)] == []
+    assert (top / "d/small").read_bytes() == b"small\nmore\n"
+    assert (top / "d/small").stat().st_mode == 0o100604
+    assert (top / "d/empty").stat().st_uid == NOBODY
+    assert cowfs("diff", "--name-only", top).stdout.split() == ["d/empty", "d/small"]
+    (top / "file").chmod(0o4755)
+    os.utime(top / "large", (9, 9))
+    assert over_squashfs.requests("setattr") == 2
+    assert (top / "large").stat().st_blocks * 512 >= 1_200_000
+
+
 def _see(top: Path) -> dict[str, tuple[int, ...]]:
     """Return what stat(2) says of all names in a directory, which is listed first."""
     found: dict[str, tuple[int, ...]] = {}
