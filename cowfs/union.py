@@ -20,7 +20,7 @@ from cowfs.layers.slow import SlowLayer, unwrapped
 from cowfs.linux import filesystems
 from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.lowers import open_lowers, open_module
-from cowfs.overlay import incomplete, modules
+from cowfs.overlay import incomplete, modules, uncover
 from cowfs.overlay.aufs import written_through
 from cowfs.overlay.freeze import give_up_index
 from cowfs.overlay.fs import OverlayOptions
@@ -321,6 +321,8 @@ def _take_up_work(overlay: Overlay, store: Store) -> None:
     # Copying the rest of partial files to a store in memory would only use memory.
     overlay.host.wants_rest = lambda: store.memory is None
     incomplete.resume(overlay)
+    if not store.read_only:
+        uncover.restore_times(overlay)
 
 
 def _close_all(layers: list[LowerLayer]) -> None:

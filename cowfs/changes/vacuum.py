@@ -129,9 +129,8 @@ class _Vacuum:
             self._pretend(path)
         else:
             stale: uncover.Stale = []
-            before = self._fs.upper.stat(parent.upper)
-            uncover.uncover(self._fs, parent, name, None, stale)
-            self._fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
+            with uncover.keeping_times(self._fs, parent):
+                uncover.uncover(self._fs, parent, name, None, stale)
             yield lambda: self._forget(stale)
         yield Done(path, kind=kind, size=size)
 

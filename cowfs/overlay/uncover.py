@@ -374,13 +374,67 @@ def drop_directory(
         return False
     if dry_run is not None:
         return True
-    before = fs.upper.stat(parent.upper)
-    fs.upper.rmdir(parent.upper, name, node.upper)
-    fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
+    with keeping_times(fs, parent):
+        fs.upper.rmdir(parent.upper, name, node.upper)
     fs.upper.forget(node.upper)
     node.upper = None
     stale.append((node.ino, None))
     return True
+
+
+@contextmanager
+def keeping_times(fs: OverlayFs, directory: Node) -> Iterator[None]:
+    """After the block, give an upper directory the times that it has now, even if the block is interrupted.
+
+    If the process is killed in the block, :func:`restore_times` does it at the next mount. If the store has
+    no room for that note, it does not.
+    """
+    before = fs.upper.stat(directory.upper)
+    where = b"/".join(reversed([node.name for node in _up_to_root(directory)]))
+    with suppress(OSError):
+        if fs.notebook is not None:
+            fs.note(fs.notebook, _times(fs), b"%d:%d:%s" % (before.st_atime_ns, before.st_mtime_ns, where))
+    try:
+        yield
+    finally:
+        fs.upper.utimens(directory.upper, before.st_atime_ns, before.st_mtime_ns)
+        _forget_times(fs)
+
+
+def restore_times(fs: OverlayFs) -> None:
+    """Give a directory its times again if a process was killed in :func:`keeping_times`. Blocks."""
+    note = b""
+    with suppress(OSError):
+        note = b"" if fs.notebook is None else fs.noted(fs.notebook, _times(fs))
+    if not note:
+        return
+    with suppress(OSError, ValueError):
+        atime, mtime, where = note.split(b":", 2)
+        key = fs.root.upper
+        for name in where.split(b"/") if where else ():
+            found = None if name in {b"", b".", b".."} else fs.upper.lookup(key, name)
+            if found is None or not stat.S_ISDIR(found[1].st_mode):
+                raise error(errno.ENOENT, name)
+            key = found[0]
+        fs.upper.utimens(key, int(atime), int(mtime))
+    _forget_times(fs)
+
+
+def _forget_times(fs: OverlayFs) -> None:
+    with suppress(OSError):
+        if fs.notebook is not None:
+            fs.upper.removexattr(fs.notebook, _times(fs))
+
+
+def _times(fs: OverlayFs) -> bytes:
+    return fs.format.prefix + b"cowfs.times"
+
+
+def _up_to_root(node: Node) -> Iterator[Node]:
+    above: Node | None = node
+    while above is not None and above.parent is not None:
+        yield above
+        above = above.parent
 
 
 def _is_same(fs: OverlayFs, found: Hit, lower: Lower) -> bool:
