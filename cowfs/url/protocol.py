@@ -17,6 +17,8 @@ BEGINNING = "beginning"
 PIECE = 64 << 10
 """How many bytes of data a message has."""
 LONGEST = HEAD.size + PIECE
+SIZES = 10**18
+"""A file has fewer bytes: places in it fit into messages, and into files of the cache."""
 
 
 class Kind(IntEnum):
@@ -86,8 +88,14 @@ class Version(NamedTuple):
 
     @classmethod
     def of_json(cls, said: dict[str, Any]) -> Version:
-        """Return the version from which :meth:`to_json` made *said*."""
-        return cls(int(said["size"]), tuple((str(name), str(value)) for name, value in said["marks"]))
+        """Return the version from which :meth:`to_json` made *said*.
+
+        ValueError, KeyError or TypeError if it is none.
+        """
+        size = said["size"]
+        if not isinstance(size, int) or not 0 <= size < SIZES:
+            raise ValueError(f"a file of {size!r} bytes")
+        return cls(size, tuple((str(name), str(value)) for name, value in said["marks"]))
 
     def __str__(self) -> str:
         return ", ".join([f"{self.size} bytes", *(f"{name} {value}" for name, value in self.marks)])

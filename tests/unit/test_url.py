@@ -377,7 +377,9 @@ class Fetching:
 
 
 def test_who_fetches_is_not_believed() -> None:
-    for nonsense in (b"[1]", b"{", b'{"size": "x", "marks": []}', b"[" * 20_000):
+    sizes = (b'"x"', b"-1", b"1" + bytes([48]) * 18, b"Infinity", b"NaN", b"9" * 5000)
+    claims = [b'{"size": %s, "marks": []}' % size for size in sizes]
+    for nonsense in (b"[1]", b"{", b"[" * 20_000, *claims):
         link = Link("http://x/y", 1.0, Fetching(nonsense, []).start)
         with closing(link), pytest.raises(LayerError, match="sent an invalid reply"):
             link.open()
