@@ -144,6 +144,10 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         "/a.sqsh  /else  squashfs  loop  0 0\n"
         "/b\\040c.sqsh  /m  fuse.cowfs  store=/live/b.bs  0 2\n"
         "/none.sqsh  /m  cowfs  ro,nofail  0 2\n"
+        "/two.sqsh  /m  cowfs  store=/1.bs  0 2\n"
+        "/two.sqsh  /m2  cowfs  ro  0 2\n"
+        "/two.sqsh  /m3  cowfs  store=/2.bs,key_file=/k  0 2\n"
+        "/two.sqsh  /m4  cowfs  store=/1.bs,ro  0 2\n"
         "/memory.sqsh  /m  cowfs  store=memory  0 2\n"
         "/secret.sqsh  /m  cowfs  store=/s.luks,key_file=/a\\040key  0 2\n"
         "/comma.sqsh  /m  cowfs  store=/one,store=/a\\134\\054b\\,c\\\\,ro  0 2\n"
@@ -160,6 +164,7 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         (["-fy", "/b c.sqsh"], ["check", "--", "/live/b.bs"]),
         (["/secret.sqsh"], ["check", "--key-file", "/a key", "--", "/s.luks"]),
         (["/comma.sqsh"], ["check", "--", "/a,b,c\\"]),
+        (["/two.sqsh"], ["check", "--", "/1.bs", "check", "--key-file", "/k", "--", "/2.bs"]),
     ],
 )
 def test_fsck(fsck: tuple[Path, object], arguments: list[str], called: list[str]) -> None:
