@@ -73,6 +73,7 @@ def _uncover(
         if hidden:
             whiteout.make(fs, parent.upper, name)
     parent.added += 1
+    fs.below.pop(parent, None)
     if node is not None and not hides:
         _follow(fs, node, parent, name, stale)
     stale.append((parent.ino, name))
@@ -191,6 +192,7 @@ def _cover(fs: OverlayFs, parent: Node, name: bytes, place: Place, stale: Stale)
         fs.upper.unlink(*place, None)
     away.moved(fs, target, -1)
     parent.added += 1
+    fs.below.pop(parent, None)
     if node is not None:
         _follow(fs, node, parent, name, stale)
     stale.append((parent.ino, name))
@@ -378,6 +380,8 @@ def drop_directory(
         fs.upper.rmdir(parent.upper, name, node.upper)
     fs.upper.forget(node.upper)
     node.upper = None
+    for each in (parent, node):
+        fs.below.pop(each, None)
     stale.append((node.ino, None))
     return True
 

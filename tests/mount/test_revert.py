@@ -58,6 +58,10 @@ def tree(top: Path) -> dict[str, object]:
     return found
 
 
+def links_of_directories(top: Path) -> dict[str, int]:
+    return {os.path.relpath(here, top): os.lstat(here).st_nlink for here, _, _ in os.walk(top)}
+
+
 def without_directory_times(seen: dict[str, object]) -> dict[str, object]:
     kept: dict[str, object] = {}
     for path, facts in seen.items():
@@ -96,16 +100,18 @@ KINDS = pytest.mark.parametrize("kind", ["image", "directory"])
 def test_all_of_a_mount_and_back_again(tmp_path: Path, kind: str) -> None:
     lower, store = lower_of(tmp_path, kind), make_store(tmp_path, kind)
     with mounted(lower, tmp_path / "mnt", store) as here:
-        before = tree(here.path)
+        before, links = tree(here.path), links_of_directories(here.path)
         script(WORK, here.path)
         script("rmdir bare; mkdir -m 750 bare", here.path)  # differs in its times alone
-        changed = tree(here.path)
+        changed, links_of_changed = tree(here.path), links_of_directories(here.path)
         taken = reverted(here.path, "--all")
         assert "reverted etc/fstab" in taken
         assert tree(here.path) == before
+        assert links_of_directories(here.path) == links
         assert cowfs("diff", here.path).stderr == "no changes\n"
         same_is_told(taken, reverted(here.path, "--undo"))
         assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+        assert links_of_directories(here.path) == links_of_changed
         reverted(here.path, "--all")
     with mounted(lower, tmp_path / "mnt", store) as here:
         assert tree(here.path) == before
