@@ -1,6 +1,7 @@
 # shellcheck shell=dash
-# What the tests' guests run, as process 1 or as its child, with busybox and Python; out and finish are
-# defined by it (see images.py). Each function tells what it found: TEST key: value.
+# Functions for the virtual machines of the tests. Process 1 or its child calls them; busybox and Python are
+# available, and the caller defines out and finish (see images.py). Each function prints its results as
+# lines "TEST key: value".
 
 tell_root() {
     out "root: $(awk '$2 == "/" { print $3 }' /proc/mounts | tail -n 1)"
@@ -12,8 +13,8 @@ tell_root() {
     out "motd: $(cat /run/motd.d/cowfs 2>/dev/null | tr '\n' ' ')"
 }
 
-# Whether the store can be looked at: what was just written is there, nothing can be written, and whoever
-# walks through the root alone does not come there.
+# Check the read-only view of the store: it shows a file that was just written, refuses writes, and is a mount
+# of its own, so that programs that stay in the root filesystem (find -xdev) do not enter it.
 look_at_store() {
     echo "$1" >/root/looked
     out "looked: $(cat /mnt/memory/upper/root/looked)"
@@ -21,7 +22,8 @@ look_at_store() {
     out "apart: $([ "$(stat -c %d /)" != "$(stat -c %d /mnt/memory)" ] && echo yes)"
 }
 
-# What a root filesystem must be able to do, and what is special about its daemon.
+# Check what a root filesystem must support: permissions, set-user-ID, devices, programs, mmap. Check that its
+# daemon is protected: from the OOM killer, from being swapped out, and from signals.
 checks() {
     python3 -I - <<'END'
 import mmap, os, re, signal, stat, subprocess, sys, time
@@ -65,7 +67,7 @@ out("signals", Path("/root/after").read_text() if os.path.exists(f"/proc/{daemon
 END
 }
 
-# Take memory until the kernel ends the one who does; then see whether the root still answers.
+# Allocate memory until the OOM killer ends the allocating process. Then check that the root still answers.
 press_memory() {
     dd if=/dev/zero of=/root/ballast bs=1M count=16 2>/dev/null
     python3 -Ic 'held = []
@@ -75,7 +77,8 @@ while True: held.append(bytearray(b"x") * (4 << 20))' 2>/dev/null
     out "read: $(cat /usr/lib/python3*/*.py | wc -c)"
 }
 
-# Swap on the disk $1, and so little memory that it is used, but not by the daemon; a file on the root is no swap.
+# Swap to the disk $1, and allocate memory until swap is in use. Check that the daemon is not swapped out, and that
+# a file on the root cannot be used as swap.
 use_swap() {
     dd if=/dev/zero of=/root/swap bs=1M count=1 2>/dev/null
     mkswap /root/swap >/dev/null
@@ -101,7 +104,7 @@ END
     swapoff "$1"
 }
 
-# What is below the directories is read from the disks again, and is what it was.
+# Drop the caches, and check that the files below these directories are read from the disks unchanged.
 read_anew() {
     out "read before: $(checksum "$@")"
     sync

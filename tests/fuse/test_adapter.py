@@ -1,4 +1,4 @@
-"""Errors, references and listings: what the adapter must do for the kernel, whatever the union does."""
+"""The adapter's errors, references and listings, whatever the union does."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_errors_are_answered(adapter: Adapter, kernel: Kernel) -> None:
     assert got == {what: wanted for what, (_, wanted) in answers.items()}
 
 
-async def test_a_miss_is_an_entry_that_may_be_kept(adapter: Adapter) -> None:
+async def test_a_missing_name_may_be_cached(adapter: Adapter) -> None:
     entry = await adapter.lookup(ROOT, b"missing", CTX)
     assert entry.st_ino == 0
     assert entry.entry_timeout > 1000
@@ -144,12 +144,12 @@ async def test_forget_never_fails(adapter: Adapter, kernel: Kernel, caplog: pyte
     adapter._fs = whole
 
 
-async def test_no_memory_is_told_as_such(adapter: Adapter) -> None:
+async def test_lack_of_memory_is_enomem(adapter: Adapter) -> None:
     adapter._fs = Broken(adapter._fs, MemoryError())  # type: ignore[assignment]
     assert await errno_of(adapter.statfs(CTX)) == errno.ENOMEM
 
 
-async def test_references_are_given_back(fs: Direct, adapter: Adapter, kernel: Kernel) -> None:
+async def test_references_are_released(fs: Direct, adapter: Adapter, kernel: Kernel) -> None:
     before = len(fs.fs.nodes)
     for _again in range(3):
         assert len(await kernel.list(await kernel.find("dir"))) == 102
@@ -166,7 +166,7 @@ async def test_references_are_given_back(fs: Direct, adapter: Adapter, kernel: K
         assert len(fs.fs.nodes) == before
 
 
-async def test_an_unlinked_file_lives_while_it_is_open(adapter: Adapter, kernel: Kernel) -> None:
+async def test_an_open_file_survives_unlink(adapter: Adapter, kernel: Kernel) -> None:
     ino = await kernel.find("file")
     info = await adapter.open(ino, os.O_RDWR, CTX)
     await adapter.unlink(ROOT, b"file", CTX)
@@ -207,7 +207,7 @@ async def test_removing_while_listing(adapter: Adapter, kernel: Kernel, room: in
     await adapter.rmdir(ROOT, b"dir", CTX)
 
 
-async def test_a_listing_is_as_of_its_beginning(adapter: Adapter, kernel: Kernel) -> None:
+async def test_a_listing_shows_the_names_at_its_beginning(adapter: Adapter, kernel: Kernel) -> None:
     """A listing may lack new names and show removed ones; rewinding updates it."""
     folder = await kernel.find("dir")
     fh = await adapter.opendir(folder, CTX)
@@ -229,7 +229,7 @@ async def test_a_listing_is_as_of_its_beginning(adapter: Adapter, kernel: Kernel
     await adapter.releasedir(fh)
 
 
-async def test_nodes_of_hard_links_are_one(adapter: Adapter, kernel: Kernel) -> None:
+async def test_hard_links_share_a_node(adapter: Adapter, kernel: Kernel) -> None:
     one, two = await kernel.find("linked"), await kernel.find("alias")
     assert one == two
     entry = await adapter.setattr(one, *changes(mode=0o600), None, CTX)
@@ -239,11 +239,11 @@ async def test_nodes_of_hard_links_are_one(adapter: Adapter, kernel: Kernel) -> 
 
 
 def test_pyfuse3_has_what_the_loop_replaces() -> None:
-    """This uses a private name of pyfuse3. Without it, pyfuse3's own loop runs, at half the speed."""
+    """The loop replaces a private function of pyfuse3. Without it, pyfuse3's own loop runs, at half the speed."""
     assert hasattr(pyfuse3, loop._WAIT)
 
 
-async def test_names_are_kept_for_few_readers_and_each_sees_all(fs: Direct) -> None:
+async def test_few_snapshots_are_kept_and_each_reader_sees_all(fs: Direct) -> None:
     """Many listings of one directory: a reader whose snapshot was dropped continues with a new one."""
     adapter = Adapter(fs.fs, loop.RequestLoop(), bounds=Bounds(1000, 1000, 250, shared=True))
     kernel = Kernel(adapter)
@@ -266,10 +266,10 @@ async def test_names_are_kept_for_few_readers_and_each_sees_all(fs: Direct) -> N
     assert len(adapter.snapshots) == 0
 
 
-async def test_who_finds_no_room_lets_others_be_served_first(
+async def test_a_full_store_first_serves_other_requests(
     adapter: Adapter, fs: Direct, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pending FORGET of a removed file may free space: other requests are served, but only once."""
+    """A pending FORGET of a removed file may free space, so other requests are served first, but only once."""
     overlay, mkdir = fs.union.overlay, fs.union.overlay.upper.mkdir
     full, served = True, []
 
@@ -291,9 +291,9 @@ async def test_who_finds_no_room_lets_others_be_served_first(
     assert served == ["others"] * 2
 
 
-@pytest.mark.skipif(libfuse.ring is None, reason="cowfs was built without it")
+@pytest.mark.skipif(libfuse.ring is None, reason="cowfs was built without the C module")
 def test_the_inodes_without_capability_are_a_set() -> None:
-    """The set in C grows, shrinks and is cleared like a Python set."""
+    """The set in C behaves like a Python set when it grows, shrinks and is cleared."""
     rng = random.Random(1)
     ours, model = libfuse.no_capability(), set[int]()
     ours.clear()

@@ -1,6 +1,6 @@
 /*
- * Damage: changes of an image that no filesystem makes. They are made in the file, whether the image is open or not,
- * because its owner can write to it at any time.
+ * Damage: changes to an image that no filesystem would make. They are written to the file, whether the image is open or
+ * not, because its owner can write to it at any time.
  */
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -13,14 +13,14 @@
 #include "fuzz.h"
 #include "jbd.h"
 
-#define WILD 0x8000u /* in e: a number that is not of this image */
+#define WILD 0x8000u /* in e: a number that this image does not have */
 
 bool is_damage(const struct record *r)
 {
 	return what(r) >= PATCH;
 }
 
-/* A piece of the image inside of the file; NULL: none. */
+/* A piece of the image that lies within the file; NULL: none. */
 static const struct piece *piece_of(const struct world *w, uint32_t region, uint32_t index)
 {
 	const struct piece *p;

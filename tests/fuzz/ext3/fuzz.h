@@ -2,15 +2,15 @@
  * A fuzzer of the ext3 engine. An input is a series of operations on an image, mixed with damage to it.
  *
  *   bases.c      the sound images that runs begin with, and the places of their structures
- *   damage.c     changes of an image that no filesystem makes; forged journals and redo logs
+ *   damage.c     changes to an image that no filesystem would make; forged journals and redo logs
  *   walk.c       reads everything in an image
  *   operations.c what programs do with an image
  *   run.c        runs an input
  *   mutate.c     makes an input from others, for libFuzzer
  *   standalone.c runs given inputs without libFuzzer
  *
- * An input is an array of records of any content. Each does something or is skipped. The first selects the image. So
- * there is nothing to parse, and every change of an input gives a valid input.
+ * An input is an array of records, and any bytes are a record. Each record does something or is skipped; the first
+ * selects the image. So nothing is parsed, and every change to an input makes another valid input.
  */
 #pragma once
 #include <stdbool.h>
@@ -58,7 +58,7 @@ enum op {
 	LINK_MANY,
 	SCATTER,
 	OPERATIONS,
-	/* what only an attacker or a failing disk does: from PATCH on */
+	/* from PATCH on: what only an attacker or a failing disk does */
 	PATCH = 32,
 	COPY,
 	FILL,

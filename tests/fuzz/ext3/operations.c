@@ -27,7 +27,7 @@ static uint32_t pick(const struct world *w, uint32_t index)
 	return w->known[index % w->nknown];
 }
 
-/* The name with a number. There are few names, so that they are used again; some are long. */
+/* Make the name with this number. There are few names, so that they are used repeatedly; some are long. */
 static uint32_t name_of(char name[300], uint32_t number)
 {
 	static const uint16_t lengths[] = { 0, 0, 0, 0, 12, 40, 120, 250, 255, 256 };
@@ -73,7 +73,7 @@ static bool open_image(struct world *w, uint32_t flags)
 	return !error;
 }
 
-/* Run e2fsck on every Nth sound image that was closed, if the environment variable COWFS_FUZZ_FSCK is N. */
+/* If the environment variable COWFS_FUZZ_FSCK is N, run e2fsck on every Nth undamaged image after it is closed. */
 static void ask_e2fsck(const struct world *w)
 {
 	static unsigned every, count;
@@ -512,7 +512,7 @@ static void durability(struct world *w, const struct record *r)
 	}
 }
 
-/* Do what a record says with the data or attributes of one file. */
+/* Carry out a record about the data or attributes of one file. */
 static void do_with_file(struct world *w, const struct record *r)
 {
 	const char *name = xattr_name(r->c);
@@ -591,7 +591,7 @@ static void do_it(struct world *w, const struct record *r)
 	}
 }
 
-/* Do what a record says with the open image. If it cannot be opened, do nothing. */
+/* Carry out a record on the open image. If it cannot be opened, do nothing. */
 void operation(struct world *w, const struct record *r)
 {
 	if (w->atoms && (w->atoms++ > TOGETHER_MAX || what(r) == TOGETHER))

@@ -108,7 +108,7 @@ static const unsigned char *next_name(const unsigned char *p, struct name *name)
 	return p + 12 + name->length;
 }
 
-/* Check that a name is one that a program could have created. */
+/* Check that a program could have created this name. */
 static void check_name(const struct name *name)
 {
 	bool dots = name->name[0] == '.' && (name->length == 1 || (name->length == 2 && name->name[1] == '.'));
