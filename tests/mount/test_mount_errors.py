@@ -267,7 +267,7 @@ def made(path: Path) -> Path:
 
 MOUNTPOINTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "missing": (lambda base: base / "nowhere", ["nowhere"]),
-    "a file": (lambda base: base / "text", ["text", "not a directory"]),
+    "a file": (lambda base: base / "text", ["text", "not a directory", "cowfs mount LOWER MOUNTPOINT"]),
     "inside the store": (lambda base: made(base / "store"), ["store", "inside"]),
 }
 
@@ -279,17 +279,23 @@ def test_bad_mountpoint(base: Path, what: str) -> None:
     refused(base, 32, *words, arguments=arguments)
 
 
+def test_a_lower_in_use_is_not_taken_for_a_store(base: Path, squashfs: Path) -> None:
+    assert cowfs("mount", squashfs, base / "mnt").returncode == 0
+    done = cowfs("diff", squashfs)
+    assert (done.returncode, done.stderr.count("\n")) == (32, 1)
+    assert f"{squashfs}: in use as a lower of the mount at {base / 'mnt'}" in done.stderr
+    assert cowfs("umount", base / "mnt").returncode == 0
+
+
 @needs_root
 def test_bound_into_the_lower(base: Path) -> None:
-    """A bind mount of the lower's inside is the lower's inside."""
+    """A bind mount of a directory in the lower can be the mountpoint."""
     (base / "bound").mkdir()
     run("mount", "--bind", base / "lower" / "dir", base / "bound")
     try:
         done = cowfs("mount", base / "lower", base / "bound", "--store", base / "store")
-        if done.returncode == 0:  # then it must work, at least
-            assert cowfs("umount", base / "bound").returncode == 0
-        else:
-            assert done.stderr.count("\n") == 1
+        assert done.returncode == 0, done.stderr
+        assert cowfs("umount", base / "bound").returncode == 0
     finally:
         run("umount", base / "bound")
 

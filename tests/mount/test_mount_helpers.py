@@ -120,11 +120,14 @@ def test_exit_code_and_message(base: Path) -> None:
         echo "code $code"
         mount -t cowfs -s -o stroe=x,store={base}/store lower mnt
         umount mnt
+        mount.cowfs lower mnt --wrong 2>&1 | tail -n 1
+        umount.cowfs mnt --wrong 2>&1 | tail -n 1
         """,
     )
     lines = said.splitlines()
     assert "missing" in lines[0] and lines[1] == "code 32"
     assert "stroe" in lines[2] and lines[3] == "code 1"
+    assert [line.split()[:2] for line in lines[-2:]] == [["usage:", "mount.cowfs"], ["usage:", "umount.cowfs"]]
 
 
 def test_a_dry_run_mounts_nothing(base: Path) -> None:

@@ -42,8 +42,7 @@ def may_be_store(path: str) -> bool:
     if os.path.isdir(path):
         if any(os.path.lexists(os.path.join(path, os.fsdecode(name))) for name in BRANCH_NAMES):
             return True
-        is_ours = all(os.path.isdir(os.path.join(path, name)) for name in ("upper", "work"))
-        return is_ours or pair_in(path) is not None
+        return is_store_directory(path) or pair_in(path) is not None
     try:
         fd = open_ordinary(path, os.O_RDONLY)
     except OSError:
@@ -55,6 +54,11 @@ def may_be_store(path: str) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def is_store_directory(path: str) -> bool:
+    """Whether a directory has the parts of a store. Another program may have made them."""
+    return all(os.path.isdir(os.path.join(path, name)) for name in ("upper", "work"))
 
 
 _SUBDIR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -113,7 +117,7 @@ def not_a_store(path: str) -> StoreError:
                 hint = f"it is inside the mount at {place}: give that"
             break
     stores = sorted(filter(is_subdir_name, os.listdir(path) if os.access(path, os.R_OK) else ()))
-    stores = [name for name in stores if os.path.isdir(os.path.join(path, name, "cowfs"))]
+    stores = [name for name in stores if is_store_directory(os.path.join(path, name))]
     if stores:
         hint = f"name a store in it: {', '.join(os.path.join(path, name) for name in stores[:5])}"
     return StoreError(f"{path}: neither a store nor a cowfs mountpoint", hint)

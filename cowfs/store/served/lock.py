@@ -151,6 +151,9 @@ def refuse_mounted_image(fd: int, path: str) -> None:
     for mount in mount_table.mountinfo():  # fuse2fs and the like give the image as the source
         if mount.dev == here or (mount.fstype.startswith("fuse") and _leads_to(fd, mount.source)):
             where = os.fsdecode(mount.mountpoint)
+            if mount.fstype == fuse.FSTYPE:
+                hint = f"give that mountpoint, or unmount it first: cowfs umount {where}"
+                raise StoreBusy(f"{path}: in use as a lower of the mount at {where}", hint)
             raise StoreBusy(f"{path}: mounted on {where} as {mount.fstype}", f"umount {where}")
 
 
