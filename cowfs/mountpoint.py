@@ -29,7 +29,9 @@ def check_mountpoint(mountpoint: str) -> str:
     if not os.path.exists(mountpoint):
         raise MountFailure(f"{mountpoint}: no such directory", "create it first")
     if not os.path.isdir(mountpoint):
-        raise MountFailure(f"{mountpoint}: not a directory", "give a directory after the lower: cowfs mount LOWER MOUNTPOINT")
+        raise MountFailure(
+            f"{mountpoint}: not a directory", "give a directory after the lower: cowfs mount LOWER MOUNTPOINT"
+        )
     _refuse_redirection(mountpoint)
     target = os.path.realpath(mountpoint)
     here = mount_of(target)

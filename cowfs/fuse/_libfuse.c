@@ -27,10 +27,10 @@
 #include "held_data.h"
 #include "last_change.h"
 #include "last_request.h"
-#include "request_stats.h"
 #include "messages.h"
 #include "no_capability.h"
 #include "passthrough.h"
+#include "request_stats.h"
 #include "ring.h"
 #include "root_acl.h"
 #include "shortcuts.h"
@@ -74,12 +74,14 @@ static bool unopened;    /* and the kernel supports that */
 #endif
 
 /* FUSE_SETXATTR_EXT: the kernel says with SETXATTR whether an ACL clears set-group-ID, see last_request.c. */
-enum { HANDLE_KILLPRIV_V2 = 1 << 28, SETXATTR_EXT = 1 << 29, INIT_EXT = 1 << 30 };
+enum { HANDLE_KILLPRIV_V2 = 1 << 28, SETXATTR_EXT = 1 << 29 };
 
 static uint32_t in_answer;   /* flags to add to the reply to FUSE_INIT, if that is written next */
 static bool refuses_handles; /* name_to_handle_at(2) must not return handles that open_by_handle_at(2) accepts */
 
-static bool begin_reply(const struct fuse_conn_info *conn)
+/* Accept that requests say which set-ID bits the kernel wants cleared; false if libfuse knows the flag, and the kernel
+ * does not offer it. */
+static bool accept_killpriv(const struct fuse_conn_info *conn)
 {
 	if (!KILLPRIV_V2)
 		in_answer |= HANDLE_KILLPRIV_V2;
@@ -109,7 +111,7 @@ static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 	struct out_header head;
 	if (iov[0].iov_len >= sizeof head) {
 		memcpy(&head, iov[0].iov_base, sizeof head);
-		figures_end(head.unique, head.error);
+		request_stats_end(head.unique, head.error);
 	}
 	root_acl_sent(iov, count);
 	return ring_writev(fd, iov, count);
@@ -121,7 +123,7 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 	ssize_t n = ring_read(fd, request, size);
 	if (n > 0) {
 		n = held_data_shorten(request, last_request_shorten(request, n));
-		figures_begin(request, (size_t)n);
+		request_stats_begin(request, (size_t)n);
 		root_acl_received(request, (size_t)n);
 		passthrough_received(request, (size_t)n);
 	}
@@ -133,7 +135,7 @@ static void watch_messages(struct fuse_session *session)
 {
 	static const struct fuse_custom_io io = { .writev = on_writev, .read = on_receive };
 
-	figures_reset();
+	request_stats_reset();
 	root_acl_reset();
 	ring_device(fuse_session_fd(session));
 	passthrough_reset(fuse_session_fd(session));
@@ -143,9 +145,9 @@ static void watch_messages(struct fuse_session *session)
 /* Whether the kernel offers a flag in the FUSE_INIT that is being handled. */
 static bool kernel_has(uint32_t flag)
 {
-	enum { INIT = 26, FLAGS = BODY + 12 };
+	enum { FLAGS = BODY + 12 };
 
-	return last_request && request_word(OPCODE) == INIT && request_word(FLAGS) & flag;
+	return last_request && request_word(OPCODE) == FUSE_INIT && request_word(FLAGS) & flag;
 }
 
 /* Choose capabilities. pyfuse3 reads a whole request into memory, so splicing through a pipe is only slower. Only
@@ -173,7 +175,7 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	in_answer = watched && kernel_has(SETXATTR_EXT) ? SETXATTR_EXT : 0;
 	if (watched && refuses_handles && kernel_has(INIT_EXT))
 		in_answer |= INIT_EXT;
-	last_request_tells_set_id = kernel_has(HANDLE_KILLPRIV_V2) && begin_reply(conn);
+	last_request_tells_set_id = kernel_has(HANDLE_KILLPRIV_V2) && accept_killpriv(conn);
 	unopened = knows_files && kernel_has(1u << 17); /* FUSE_NO_OPEN_SUPPORT */
 #ifdef HAS_WANT_EXT
 	/* There are two fields for it, and libfuse refuses a session in which they differ: set the one that pyfuse3
@@ -334,7 +336,7 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
 			theirs.read(req, ino, size, offset, fi);
 		return;
 	}
-	figures_read_directly();
+	request_stats_read_directly();
 	ssize_t got;
 	Py_BEGIN_ALLOW_THREADS
 	do
@@ -591,7 +593,7 @@ PyMODINIT_FUNC PyInit__libfuse(void)
 	PyObject *module = PyModule_Create(&definition);
 
 	PyMethodDef *parts[] = { ring_methods,          ring_setup_methods,   core_lock_methods,    beyond_methods,
-				 figures_methods,       passthrough_methods,  last_request_methods, last_change_methods,
+				 request_stats_methods, passthrough_methods,  last_request_methods, last_change_methods,
 				 no_capability_methods, store_inodes_methods, shortcuts_methods };
 	for (size_t i = 0; module && i < sizeof parts / sizeof *parts; i++)
 		if (PyModule_AddFunctions(module, parts[i]))

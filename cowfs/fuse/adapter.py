@@ -122,7 +122,7 @@ class Adapter(BeyondHandlers):
             if node is not None:
                 self._no_capability.discard(ino)
                 self._no_default_acl.discard(ino)
-                self._capability_taken.discard(ino)
+                self._capability_removed.discard(ino)
                 try:
                     if lookups >= node.lookups:
                         self._unopened.forget(node)
@@ -249,7 +249,7 @@ class Adapter(BeyondHandlers):
         ctx: RequestContext,
     ) -> EntryAttributes:
         node = self._node(inode)
-        takes = said.takes if fields.update_size else None  # a chown always clears them
+        clears = said.clears if fields.update_size else None  # a chown always clears them
         uid, gid = attr.st_uid, attr.st_gid
         if self._owners is not None:
             uid, gid = self._owners.stored_user(uid), self._owners.stored_group(gid)
@@ -260,14 +260,14 @@ class Adapter(BeyondHandlers):
             size=attr.st_size if fields.update_size else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            writer=self._writer(node, ctx, takes),
+            writer=self._writer(node, ctx, clears),
             is_touch=said.flags & _BOTH_NOW == _BOTH_NOW,
         )
         if not node.mode & SET_ID:
             pass  # most files have none
-        elif new.is_nothing and new.writer is Writer.PRIVILEGED and not self._was_taken(inode):
+        elif new.is_nothing and new.writer is Writer.PRIVILEGED and not self._was_removed(inode):
             new.writer = Writer.MEMBER  # chown(2) without an owner clears the bits of anyone's file
-        elif new.is_nothing and self._may_take_nothing(node, new.writer, ctx):
+        elif new.is_nothing and self._may_not_clear(node, new.writer, ctx):
             if not libfuse.opens_nothing():
                 raise FUSEError(errno.EPERM)
             return self._entry(node, self._fs.stat(node))  # before a write, which itself clears the bits
@@ -308,8 +308,8 @@ class Adapter(BeyondHandlers):
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         # The kernel asks for this xattr before it writes. no_capability.c answers most of the time.
         if name == _CAPABILITY:
-            if self._capability_taken:
-                self._capability_taken.discard(inode)
+            if self._capability_removed:
+                self._capability_removed.discard(inode)
             if inode in self._no_capability:
                 raise FUSEError(errno.ENODATA)
             try:
@@ -317,7 +317,7 @@ class Adapter(BeyondHandlers):
             except OSError as failure:
                 if failure.errno == errno.ENODATA:
                     self._no_capability.add(inode)
-                if failure.errno == errno.EINVAL and libfuse.takes_set_id() is not None:
+                if failure.errno == errno.EINVAL and libfuse.clears_set_id() is not None:
                     return b""  # pyfuse3 wants CREATE or REPLACE: it exists, and is invalid
                 raise
         value = self._fs.getxattr(self._node(inode), name)
@@ -343,8 +343,8 @@ class Adapter(BeyondHandlers):
             value = self._owners.stored_acl(value)
         self._fs.setxattr(node, name, value)
         if name == ACCESS_ACL and node.mode & stat.S_ISGID:
-            takes = self._writer(node, ctx, None) is Writer.STRANGER if said.takes is None else said.takes
-            if takes:
+            clears = self._writer(node, ctx, None) is Writer.STRANGER if said.clears is None else said.clears
+            if clears:
                 self._drop_set_group_id(node)
 
     def _drop_set_group_id(self, node: Node) -> None:
@@ -367,7 +367,7 @@ class Adapter(BeyondHandlers):
                 raise
         if name == _CAPABILITY:
             self._no_capability.discard(inode)  # the next request for it comes here
-            self._capability_taken.add(inode)
+            self._capability_removed.add(inode)
 
     def _has_xattr(self, node: Node, name: bytes) -> bool:
         try:
@@ -376,16 +376,16 @@ class Adapter(BeyondHandlers):
             return failure.errno == errno.EINVAL  # an invalid security.capability
         return True
 
-    def _was_taken(self, inode: int) -> bool:
+    def _was_removed(self, inode: int) -> bool:
         """Whether the last request about ``security.capability`` was to remove it.
 
         The kernel removes it before a writer with CAP_FSETID writes or changes an owner. Then it sends a
         SETATTR that sets nothing: for a write only if there was a capability, for an owner always
         (__remove_privs() in fs/inode.c).
         """
-        if inode not in self._capability_taken:
+        if inode not in self._capability_removed:
             return False
-        self._capability_taken.discard(inode)
+        self._capability_removed.discard(inode)
         return True
 
     # --- directories
@@ -511,7 +511,7 @@ class Adapter(BeyondHandlers):
         """Note that the whole tree was replaced."""
         self._no_capability.clear()
         self._no_default_acl.clear()
-        self._capability_taken.clear()
+        self._capability_removed.clear()
         self._places = {}
 
     # --- for info

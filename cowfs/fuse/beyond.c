@@ -13,19 +13,6 @@
 #include <stdint.h>
 #include <string.h>
 
-/* linux/fuse.h. */
-enum {
-	READ = 15,
-	CREATE = 35,
-	IOCTL = 39,
-	FALLOCATE = 43,
-	COPY_FILE_RANGE = 47,
-	SYNCFS = 50,
-	TMPFILE = 51,
-	STATX = 52,
-	COPY_FILE_RANGE_64 = 53,
-};
-
 struct read_in { /* struct fuse_read_in */
 	uint64_t fh, offset;
 	uint32_t size, read_flags;
@@ -59,18 +46,18 @@ size_t beyond_received(void *request, size_t size)
 	if (size < sizeof *head)
 		return size;
 	switch (head->opcode) {
-	case TMPFILE:
-		head->opcode = CREATE;
+	case FUSE_TMPFILE:
+		head->opcode = FUSE_CREATE;
 		return size;
-	case IOCTL:
+	case FUSE_IOCTL:
 		if (!is_known(head, size))
 			return size;
 		break;
-	case FALLOCATE:
-	case COPY_FILE_RANGE:
-	case COPY_FILE_RANGE_64:
-	case SYNCFS:
-	case STATX:
+	case FUSE_FALLOCATE:
+	case FUSE_COPY_FILE_RANGE:
+	case FUSE_COPY_FILE_RANGE_64:
+	case FUSE_SYNCFS:
+	case FUSE_STATX:
 		break;
 	default:
 		return size;
@@ -78,7 +65,7 @@ size_t beyond_received(void *request, size_t size)
 	last = *head;
 	body_size = size - sizeof *head < KEPT ? size - sizeof *head : KEPT;
 	memcpy(body, head + 1, body_size);
-	head->opcode = READ;
+	head->opcode = FUSE_READ;
 	head->len = sizeof *head + sizeof as_read;
 	head->extlen = 0;
 	memcpy(head + 1, &as_read, sizeof as_read); /* the buffer has space for the longest write */
@@ -91,7 +78,7 @@ bool beyond_is_copy(struct beyond_copy *copy)
 		uint64_t fh_in, off_in, nodeid_out, fh_out, off_out, len, flags;
 	} in;
 
-	if ((last.opcode != COPY_FILE_RANGE && last.opcode != COPY_FILE_RANGE_64) || body_size < sizeof in)
+	if ((last.opcode != FUSE_COPY_FILE_RANGE && last.opcode != FUSE_COPY_FILE_RANGE_64) || body_size < sizeof in)
 		return false;
 	memcpy(&in, body, sizeof in);
 	*copy = (struct beyond_copy){
@@ -100,7 +87,7 @@ bool beyond_is_copy(struct beyond_copy *copy)
 		.to = in.nodeid_out,
 		.to_offset = in.off_out,
 		.length = in.len,
-		.is_64 = last.opcode == COPY_FILE_RANGE_64,
+		.is_64 = last.opcode == FUSE_COPY_FILE_RANGE_64,
 	};
 	return !in.fh_in && !in.fh_out && !in.flags;
 }

@@ -12,7 +12,6 @@ import os
 import struct
 from collections.abc import Coroutine
 from contextlib import suppress
-from enum import IntEnum
 from typing import Any, NamedTuple, cast
 
 from pyfuse3 import FUSEError
@@ -22,6 +21,7 @@ from cowfs.fuse import libfuse
 from cowfs.fuse.files import FileHandlers
 from cowfs.fuse.handlers import async_
 from cowfs.fuse.libfuse import Message
+from cowfs.fuse.protocol import Opcode
 from cowfs.layers.base import Allocatable, File
 from cowfs.layers.reopened import at_hand
 from cowfs.layers.slow import SlowFile
@@ -31,18 +31,6 @@ from cowfs.overlay import protect
 from cowfs.overlay.file import SET_ID
 from cowfs.overlay.handle import Handle
 from cowfs.overlay.node import Node
-
-
-class Opcode(IntEnum):
-    """enum fuse_opcode."""
-
-    IOCTL = 39
-    FALLOCATE = 43
-    COPY_FILE_RANGE = 47
-    SYNCFS = 50
-    STATX = 52
-    COPY_FILE_RANGE_64 = 53
-
 
 _FALLOCATE_IN = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 COPY_IN = struct.Struct("=QQQQQQQ")  # fh_in, off_in, nodeid_out, fh_out, off_out, len, flags

@@ -36,13 +36,13 @@ class MayHang(NamedTuple):
 
 
 Replies = Iterator[dict[str, Any] | Callable[[], None] | MayHang | None]
-"""None where there is nothing to say yet, but requests of the filesystem may want their turn; a callable
-where there is long work, which a thread does before the next step."""
+"""What a command yields: replies; None, to let requests of the filesystem be served; and callables for long
+work, which a thread does before the next step."""
 Command = Callable[[dict[str, Any]], Replies | Watcher]
 _REQUEST_MAX = 65536
 _SLICE = 64
 _PREPARING = 1.0
-"""Seconds."""
+"""Seconds to wait for the preparation of a command."""
 
 
 class _Left(Exception):

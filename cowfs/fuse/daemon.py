@@ -32,7 +32,7 @@ from cowfs.fuse.rings import Rings, why_not
 from cowfs.linux import fuse, helper_process, programs
 from cowfs.linux.files import syncfs
 from cowfs.linux.mount_table import mount_of
-from cowfs.linux.mounts import drop_unused, unmount
+from cowfs.linux.mounts import MNT_DETACH, drop_unused, unmount
 from cowfs.linux.signals import hold_back, open_signals, take
 from cowfs.linux.sockets import connect_manager, open_control_directory, sd_notify
 from cowfs.overlay.overlay import Overlay
@@ -40,13 +40,12 @@ from cowfs.overlay.overlay import Overlay
 log = logging.getLogger(__name__)
 
 Task = Callable[[], Awaitable[None]]
-_MNT_DETACH = 2  # linux/fs.h
 _PLAIN = frozenset(b"%s%s/._-+:=@" % (string.ascii_letters.encode(), string.digits.encode()))
 _LONGEST_SOURCE = 2000
 _NOW_AND_THEN = 5.0
-"""Seconds."""
+"""Seconds between two regular checks."""
 _TURN = 0.0005
-"""So many seconds a thread runs while the loop, which takes turns with it several times a request, waits."""
+"""Seconds after which a thread gives the GIL to the loop, which needs it several times for each request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +63,9 @@ class MountRequest:
     passthrough: str = "auto"
     """Whether the kernel reads and writes files of the store by itself: auto, off."""
     owner_map: OwnerMap | None = None
-    """Whose files are shown as whose."""
+    """Which owners are shown instead of those that the files have."""
     sees_all: bool = False
-    """Whether no file is opened, or read, without asking us."""
+    """Whether the kernel sends a request for every open and every read."""
 
 
 class Daemon:
@@ -96,7 +95,7 @@ class Daemon:
         self._control = -1
         self._outside = helper_process.current()
         self._asked = False
-        """Whether it was us who ended it."""
+        """Whether the daemon itself ended the mount."""
         self._failure: MountFailure | None = None
         """Why there was no mount to serve."""
 
@@ -250,7 +249,7 @@ class Daemon:
             log.warning("the connection to the kernel was aborted: %s is detached", self._request.mountpoint)
         if os.geteuid() == 0:
             with suppress(OSError):
-                unmount(self._request.mountpoint, _MNT_DETACH)
+                unmount(self._request.mountpoint, MNT_DETACH)
         else:
             program = programs.find("fusermount3") or "/usr/bin/fusermount3"
             command = [program, "-u", "-z", "--", self._request.mountpoint]

@@ -66,10 +66,10 @@ class FakerootAdapter(Adapter):
         self._inherits_acls = acl
         self._own = os.geteuid(), os.getegid()
         self._lent: dict[int, None] = {}
-        """What the kernel takes for the user's, the oldest first. It keeps no attributes of that, and so
-        learns whose it is after it was dropped from here."""
+        """The inodes that the kernel believes to be the user's, the oldest first. It caches no attributes of
+        them, so it learns the true owner after an inode was dropped from here."""
         self._misjudged: set[int] = set()
-        """Files of which the kernel does not know yet that somebody may run them, or that nobody may."""
+        """Files that became executable, or ceased to be, and that the kernel has not looked up since."""
 
     def _lend(self, ino: int) -> None:
         """From its next answer on, tell the kernel that an inode belongs to the user."""
@@ -133,8 +133,8 @@ class FakerootAdapter(Adapter):
     def _said(self) -> Iterable[Any]:
         return (None, *libfuse.request())  # the kernel does not know that this user is root
 
-    def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
-        return Writer.PRIVILEGED if ctx.uid == 0 else super()._writer(node, ctx, takes)
+    def _writer(self, node: Node, ctx: RequestContext, clears: bool | None) -> Writer:
+        return Writer.PRIVILEGED if ctx.uid == 0 else super()._writer(node, ctx, clears)
 
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         """Allow what root may do: everything except executing a file that nobody may execute."""

@@ -17,9 +17,10 @@ from pyfuse3 import FUSEError, SetattrFields
 
 from cowfs.fuse import libfuse
 from cowfs.fuse.adapter import Adapter
-from cowfs.fuse.beyond import COPY_IN, Opcode
+from cowfs.fuse.beyond import COPY_IN
 from cowfs.fuse.libfuse import Message
 from cowfs.fuse.paths import join, path_of
+from cowfs.fuse.protocol import Opcode
 from cowfs.overlay.node import Node
 
 Seen = tuple[str, tuple[bytes, ...]]

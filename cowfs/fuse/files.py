@@ -34,12 +34,8 @@ from cowfs.overlay.overlay import Overlay
 from cowfs.url.waiting import WouldWait, at_once
 
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
-_KERNEL = 0xFFFFFFFF
-"""The user who writes what was changed by mmap(2)."""
-_NO_NAME = b"/"
-"""What O_TMPFILE creates (``beyond.c``)."""
 _UNKNOWN = 0
-"""The handle number of files that the kernel opens without us, and never releases."""
+"""The handle number of files that the kernel opens without a request, and never releases."""
 
 
 def _by_uid(ctx: RequestContext) -> Writer:
@@ -104,17 +100,17 @@ class FileHandlers(NodeHandlers):
             )
             await self._within_reach(node.parent)
             await self._settled(node)
-            if flags & os.O_TRUNC and self._takes_set_id_bits(node, self._writer(node, ctx, said.takes)):
+            if flags & os.O_TRUNC and self._clear_set_id_bits(node, self._writer(node, ctx, said.clears)):
                 raise FUSEError(errno.ESTALE)
             if flags & os.O_TRUNC or not self._fs.begin_lazily(node):
                 await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
             if flags & os.O_TRUNC:
                 await self._cut(node, 0, ctx.uid)
             self._files.must_have(ctx.uid)
-        opener = self._writer(node, ctx, said.takes) if flags & os.O_TRUNC else _by_uid(ctx)
+        opener = self._writer(node, ctx, said.clears) if flags & os.O_TRUNC else _by_uid(ctx)
         return self._opened(node, flags, ctx, opener)
 
-    def _takes_set_id_bits(self, node: Node, opener: Writer) -> bool:
+    def _clear_set_id_bits(self, node: Node, opener: Writer) -> bool:
         """Clear the set-ID bits that an open with O_TRUNC clears; return whether it cleared any.
 
         The answer to an open cannot tell the kernel the new mode. After ESTALE, the kernel looks the file
@@ -137,11 +133,11 @@ class FileHandlers(NodeHandlers):
             await self._within_reach(parent)
         self._files.must_have(ctx.uid)
         mode = self._masked(parent, mode, ctx.umask)
-        if libfuse.opens_nothing() and name != _NO_NAME:
+        if libfuse.opens_nothing() and name != libfuse.NO_NAME:
             node, attr = self._fs.mknod(parent, name, stat.S_IFREG | mode, 0, owner)
             self._no_capability.add(node.ino)
             return FileInfo(fh=_UNKNOWN), self._given((node, attr))
-        if name == _NO_NAME:
+        if name == libfuse.NO_NAME:
             node, attr, file = self._fs.create_unnamed(parent, mode, owner)
         else:
             node, attr, file = self._fs.create(parent, name, mode, owner)
@@ -227,8 +223,8 @@ class FileHandlers(NodeHandlers):
             protect.must_write(self._fs.union_of(node), node, appends=bool(said.flags & os.O_APPEND))
         mode = node.mode
         writer = None
-        if mode & SET_ID and (said.takes is not None or fh & libfuse.UNOPENED):
-            writer = self._writer_by(node, said.pid, said.uid, said.takes)
+        if mode & SET_ID and (said.clears is not None or fh & libfuse.UNOPENED):
+            writer = self._writer_by(node, said.pid, said.uid, said.clears)
         try:
             is_long = self._fs.is_long_to_write(handle, len(buf), off)
             if not handle.is_synchronous and not is_long and not said.flags & _SYNCHRONOUS:
@@ -242,7 +238,7 @@ class FileHandlers(NodeHandlers):
                     await threads.run(sync, threads.syncs, uid)
             return written
         except NoRoom as failure:
-            if failure.written and not handle.is_frozen and said.uid != _KERNEL:
+            if failure.written and not handle.is_frozen and said.uid != libfuse.KERNEL_UID:
                 if handle.is_synchronous or said.flags & _SYNCHRONOUS:
                     await threads.run(functools.partial(handle.file.fsync, False), threads.syncs, uid)
                 failure.answer = failure.written

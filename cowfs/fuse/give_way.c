@@ -20,6 +20,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
+
 enum {
 	LONG = 1000 * 1000, /* ns */
 	FOR_A_WHILE = 250,  /* replies */
@@ -35,13 +37,6 @@ static struct {
 	atomic_bool rests, stops;
 } watch = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
-static int64_t now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
 /* Take threads back that have waited for long; return whether any has stepped back since the last call. */
 static bool look(void)
 {
@@ -49,7 +44,7 @@ static bool look(void)
 	bool any = false;
 
 	pthread_mutex_lock(&watch.lock);
-	int64_t time = now();
+	int64_t time = monotonic_ns();
 	for (unsigned r = 0; r < ring_count; r++) {
 		struct ring *ring = &rings[r];
 		int64_t since = atomic_load(&ring->back_since);
@@ -144,7 +139,7 @@ void give_way(struct ring *ring)
 	/* An administrator may have chosen another policy. */
 	if (!ring->may_give_way || sched_getscheduler(0) != SCHED_OTHER)
 		return;
-	int64_t begun = now();
+	int64_t begun = monotonic_ns();
 	atomic_fetch_add(&ring->stepped_back, 1);
 	atomic_store(&ring->back_since, begun);
 	if (atomic_load(&watch.rests))
@@ -156,6 +151,6 @@ void give_way(struct ring *ring)
 		ring->may_give_way = false;
 	}
 	atomic_store(&ring->back_since, 0);
-	if (now() - begun > LONG)
+	if (monotonic_ns() - begun > LONG)
 		ring->keeps_going = FOR_A_WHILE;
 }

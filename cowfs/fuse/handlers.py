@@ -21,7 +21,7 @@ from cowfs.overlay.overlay import Overlay
 
 log = logging.getLogger(__name__)
 _MOST_RELIEFS = 8
-"""So often something is done again after a commit, of which others had the room before it came to that."""
+"""How often a call is retried after a commit freed space that other requests then took."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,21 +90,21 @@ def async_(
 def changing(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """Make a method that changes something a request handler. First writes pending changes, if there are
-    many."""
+    """Make a method that changes something a request handler. If many changes are pending, the handler first
+    writes them to disk."""
     return async_(method, changes=True)
 
 
 class Said(NamedTuple):
     """Details of a request that pyfuse3 does not pass on."""
 
-    takes: bool | None
-    """Whether the request drops set-ID bits, since the caller has not CAP_FSETID; None: the kernel does not
+    clears: bool | None
+    """Whether the request clears set-ID bits, because the caller lacks CAP_FSETID; None: the kernel does not
     say.
     """
     pid: int
     uid: int
-    """The caller's user ID; 0xFFFFFFFF where the kernel writes what mmap(2) has changed."""
+    """The caller's user ID, or :data:`cowfs.fuse.libfuse.KERNEL_UID`."""
     flags: int
     """Of a write: the flags of the open file. Of a setattr: what to set (FATTR_*)."""
 

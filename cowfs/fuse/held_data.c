@@ -12,7 +12,7 @@
 
 #include "messages.h"
 
-enum { WRITE = 16, WRITE_CACHE = 1 }; /* linux/fuse.h: FUSE_WRITE, FUSE_WRITE_CACHE */
+enum { WRITE_CACHE = 1 }; /* FUSE_WRITE_CACHE */
 enum { PAGE = 4096, ROOTS_PART = 8, USERS = 256 };
 
 struct write_in { /* struct fuse_write_in */
@@ -48,7 +48,7 @@ static bool is_long(const char *request, size_t size, struct in_header *head, st
 		return false;
 	memcpy(head, request, sizeof *head);
 	memcpy(body, request + sizeof *head, sizeof *body);
-	return head->opcode == WRITE && !(body->write_flags & WRITE_CACHE);
+	return head->opcode == FUSE_WRITE && !(body->write_flags & WRITE_CACHE);
 }
 
 ssize_t held_data_shorten(char *request, ssize_t size)

@@ -28,7 +28,7 @@ from cowfs.linux import limits
 from cowfs.overlay.node import NodeTable
 
 A_NODE = 1 << 10
-"""Bytes of our memory for each inode that the kernel knows, about (tests/mount/test_many_inodes.py)."""
+"""About how many bytes of memory each inode that the kernel knows costs (tests/mount/test_many_inodes.py)."""
 _FEWEST = 1 << 13
 _PRUNE = 9  # enum fuse_notify_code
 _NOTIFY = struct.Struct("=IiQII8x")  # struct fuse_out_header, struct fuse_notify_prune_out

@@ -8,9 +8,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "last_request.h"
 
 static struct {
@@ -40,10 +40,7 @@ void last_change_request(uint32_t pid, uint64_t now)
 static bool is_same(void)
 {
 	char now_is[LONGEST_COMMAND];
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	uint64_t now = time.tv_sec * UINT64_C(1000000000) + time.tv_nsec;
+	uint64_t now = (uint64_t)monotonic_ns();
 	bool soon = now - noted.last < SOON && now - noted.begun < A_WHILE;
 	noted.last = now;
 	if (soon)
@@ -115,16 +112,16 @@ static PyObject *noted_changes(PyObject *self, PyObject *args)
 
 long last_change_goes_on(void)
 {
-	enum { SETATTR = 4, WRITE = 16, FATTR_MODE = 1, FATTR_OWNER = 6, FATTR_SIZE = 8, FATTR_TIMES = 48 };
+	enum { FATTR_MODE = 1, FATTR_OWNER = 6, FATTR_SIZE = 8, FATTR_TIMES = 48 };
 	long found = 0;
 
 	if (!last_request || !noted.ino || request_word(PID) != noted.pid || request_word(UID) != noted.uid)
 		return -1;
 	if (request_inode() != noted.ino || !is_same())
 		return -1;
-	if (request_word(OPCODE) == WRITE)
+	if (request_word(OPCODE) == FUSE_WRITE)
 		return IS_WRITE & ~noted.known;
-	if (request_word(OPCODE) != SETATTR || request_word(BODY) & FATTR_SIZE)
+	if (request_word(OPCODE) != FUSE_SETATTR || request_word(BODY) & FATTR_SIZE)
 		return -1;
 	found = request_word(BODY) & FATTR_OWNER   ? IS_CHOWN
 		: request_word(BODY) & FATTR_MODE  ? IS_CHMOD

@@ -12,44 +12,43 @@ void *last_request;
 bool last_request_extended;
 bool last_request_tells_set_id;
 
-static bool takes_by_acl; /* the additional field of SETXATTR: the ACL clears set-group-ID */
+static bool acl_clears_sgid; /* says the additional field of SETXATTR */
 
 /* With FUSE_SETXATTR_EXT (Linux 5.13), the kernel says in SETXATTR whether an ACL clears set-group-ID. libfuse supports
  * it since 3.15, but does not pass it on. So the additional field is removed from the request before libfuse sees it.
  * The old struct fuse_setxattr_in is left, followed by the name. */
 ssize_t last_request_shorten(char *request, ssize_t size)
 {
-	enum { SETXATTR = 21, SHORT = 8, LONG = 16, ACL_KILL_SGID = 1 };
+	enum { SHORT = 8, LONG = 16, ACL_KILL_SGID = 1 };
 	uint32_t opcode, flags, length = size - (LONG - SHORT);
 
 	if (!last_request_extended || size < BODY + LONG)
 		return size;
 	memcpy(&opcode, request + OPCODE, sizeof opcode);
-	if (opcode != SETXATTR)
+	if (opcode != FUSE_SETXATTR)
 		return size;
 	memcpy(&flags, request + BODY + SHORT, sizeof flags);
-	takes_by_acl = flags & ACL_KILL_SGID;
+	acl_clears_sgid = flags & ACL_KILL_SGID;
 	memmove(request + BODY + SHORT, request + BODY + LONG, size - BODY - LONG);
 	memcpy(request + LENGTH, &length, sizeof length);
 	return length;
 }
 
-static PyObject *takes_set_id(PyObject *self, PyObject *args)
+static PyObject *clears_set_id(PyObject *self, PyObject *args)
 {
-	enum { SETATTR = 4, OPEN = 14, WRITE = 16, SETXATTR = 21, CREATE = 35 };
 	(void)self, (void)args;
-	if (last_request && last_request_extended && request_word(OPCODE) == SETXATTR)
-		return PyBool_FromLong(takes_by_acl);
+	if (last_request && last_request_extended && request_word(OPCODE) == FUSE_SETXATTR)
+		return PyBool_FromLong(acl_clears_sgid);
 	if (!last_request || !last_request_tells_set_id)
 		Py_RETURN_NONE;
 	switch (request_word(OPCODE)) {
-	case SETATTR: /* FATTR_KILL_SUIDGID, in valid */
+	case FUSE_SETATTR: /* FATTR_KILL_SUIDGID, in valid */
 		return PyBool_FromLong(request_word(BODY) & 1 << 11);
-	case OPEN: /* FUSE_OPEN_KILL_SUIDGID, in open_flags */
+	case FUSE_OPEN: /* FUSE_OPEN_KILL_SUIDGID, in open_flags */
 		return PyBool_FromLong(request_word(BODY + 4) & 1);
-	case CREATE:
+	case FUSE_CREATE:
 		return PyBool_FromLong(request_word(BODY + 12) & 1);
-	case WRITE: /* FUSE_WRITE_KILL_SUIDGID, in write_flags */
+	case FUSE_WRITE: /* FUSE_WRITE_KILL_SUIDGID, in write_flags */
 		return PyBool_FromLong(request_word(BODY + 20) & 1 << 2);
 	}
 	Py_RETURN_NONE;
@@ -58,15 +57,15 @@ static PyObject *takes_set_id(PyObject *self, PyObject *args)
 /* The flags of the open file, in a read or write. */
 static uint32_t flags_of_file(void)
 {
-	enum { GETATTR = 3, SETATTR = 4, READ = 15, WRITE = 16, GETXATTR = 22, FLAGS = BODY + 32 };
+	enum { FLAGS = BODY + 32 };
 
 	switch (request_word(OPCODE)) {
-	case GETATTR:  /* FUSE_GETATTR_FH */
-	case SETATTR:  /* the fields to set */
-	case GETXATTR: /* the size of the buffer for the value */
+	case FUSE_GETATTR:  /* FUSE_GETATTR_FH */
+	case FUSE_SETATTR:  /* the fields to set */
+	case FUSE_GETXATTR: /* the size of the buffer for the value */
 		return request_word(BODY);
 	}
-	return request_word(OPCODE) == READ || request_word(OPCODE) == WRITE ? request_word(FLAGS) : 0;
+	return request_word(OPCODE) == FUSE_READ || request_word(OPCODE) == FUSE_WRITE ? request_word(FLAGS) : 0;
 }
 
 static PyObject *request(PyObject *self, PyObject *args)
@@ -79,11 +78,11 @@ static PyObject *request(PyObject *self, PyObject *args)
 
 static PyObject *said(PyObject *self, PyObject *args)
 {
-	PyObject *takes = takes_set_id(self, args);
+	PyObject *clears = clears_set_id(self, args);
 
 	if (!last_request)
-		return Py_BuildValue("(NIII)", takes, 0, 0, 0);
-	return Py_BuildValue("(NIII)", takes, request_word(PID), request_word(UID), flags_of_file());
+		return Py_BuildValue("(NIII)", clears, 0, 0, 0);
+	return Py_BuildValue("(NIII)", clears, request_word(PID), request_word(UID), flags_of_file());
 }
 
 static PyObject *inode(PyObject *self, PyObject *args)
@@ -111,9 +110,9 @@ PyMethodDef last_request_methods[] = {
 	  "request(): process and user of the last request and, for a read or write, the flags of the open file;\n"
 	  "0 if unknown." },
 	{ "inode", inode, METH_NOARGS, "inode(): the inode number in the last request; 0: unknown." },
-	{ "said", said, METH_NOARGS, "said(): the results of takes_set_id() and request() together." },
-	{ "takes_set_id", takes_set_id, METH_NOARGS,
-	  "takes_set_id(): whether the last request clears set-ID bits, because the caller lacks CAP_FSETID; None if\n"
+	{ "said", said, METH_NOARGS, "said(): the results of clears_set_id() and request() together." },
+	{ "clears_set_id", clears_set_id, METH_NOARGS,
+	  "clears_set_id(): whether the last request clears set-ID bits, because the caller lacks CAP_FSETID; None if\n"
 	  "the kernel does not say." },
 	{ "empty_buffer", empty_buffer, METH_NOARGS,
 	  "empty_buffer(): free the memory of the last request, after it was read." },

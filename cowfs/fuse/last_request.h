@@ -9,8 +9,17 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Offsets in struct fuse_in_header, with which each request begins. */
-enum { LENGTH = 0, OPCODE = 4, NODEID = 16, UID = 24, PID = 32, BODY = 40 };
+#include "messages.h"
+
+/* Offsets in a request, which begins with a header. */
+enum {
+	LENGTH = offsetof(struct in_header, len),
+	OPCODE = offsetof(struct in_header, opcode),
+	NODEID = offsetof(struct in_header, nodeid),
+	UID = offsetof(struct in_header, uid),
+	PID = offsetof(struct in_header, pid),
+	BODY = sizeof(struct in_header),
+};
 
 /* The buffer of the request; each of pyfuse3's tasks has its own. NULL: none. */
 extern void *last_request;

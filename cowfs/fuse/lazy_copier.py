@@ -37,7 +37,7 @@ class LazyCopier:
         self._loop = loop
         self._is_running = False
         self._failed: set[int] = set()
-        """Files that stay as they are until the next mount."""
+        """Files that remain partial until the next mount, because copying failed."""
 
     def soon(self) -> None:
         """Start the task soon, if there is a partial file."""

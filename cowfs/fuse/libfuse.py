@@ -36,8 +36,8 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "take_shortcuts"
-"""What came into the module last."""
+_LAST = "clears_set_id"
+"""The function that was added to the module last."""
 
 
 def _load() -> tuple[Any, str]:
@@ -60,7 +60,7 @@ _module, _why = _load()
 
 said: Callable[[], tuple[bool | None, int, int, int]]
 said = (lambda: (None, 0, 0, 0)) if _module is None else _module.said
-"""What :func:`takes_set_id` and :func:`request` return, in one."""
+"""Returns what :func:`clears_set_id` and :func:`request` return, in one tuple."""
 
 ring: Any = _module
 """What :mod:`cowfs.fuse.rings` calls of ``ring*.c`` and ``core_lock.c``; None without the module."""
@@ -77,6 +77,12 @@ UNOPENED: int = 1 << 63
 BEYOND: int = 1 << 60
 """The handle number of requests that are not reads, but for which pyfuse3 has no handler."""
 
+NO_NAME = b"/"
+"""The name in a CREATE that was a TMPFILE (``beyond.c``)."""
+
+KERNEL_UID = 0xFFFFFFFF
+"""The user of requests in which the kernel writes data changed through mmap(2)."""
+
 
 class Message(NamedTuple):
     """A request as the kernel sends it (linux/fuse.h)."""
@@ -86,7 +92,7 @@ class Message(NamedTuple):
     uid: int
     pid: int
     body: bytes
-    """What follows the header; of very long ones the beginning."""
+    """What follows the header; only the beginning of a very long request."""
 
 
 def message() -> Message:
@@ -197,25 +203,26 @@ def pass_through(handle: int, number: int, *, direct: bool = False) -> None:
 IS_SAME = 16
 
 note: Callable[[int, int, int], int] = _module.note if _module is not None else lambda *_: 0
-"""Takes note that a process (inode, pid, uid) has changed an inode, for :data:`goes_on`; 0: that ends there.
+"""Records (inode, pid, uid) that a process has changed an inode, for :data:`goes_on`. Inode 0: no change can
+continue this one.
 
-Returns what :data:`changes` says of the inode that was noted before, and :data:`IS_SAME` if the change before
-this one was the same process's, of the same program."""
+Returns what :data:`changes` returns for the inode recorded before, plus :data:`IS_SAME` if the same process,
+running the same program, made the change before."""
 
 changes: Callable[[], int] = _module.changes if _module is not None else lambda: 0
-"""Returns how the process has changed the noted inode since: the sum of 1 if it has written to it, 2 for the
-mode, 4 for the owner, and 8 for times."""
+"""Returns how the process has changed the recorded inode since: the sum of 1 for a write, 2 for the mode, 4
+for the owner, and 8 for times."""
 
 identify: Callable[[int, bytes], None] = _module.identify if _module is not None else lambda *_: None
-"""Says by what the process that was noted last is known: a descriptor, which is not kept, of its
-``/proc/PID/cmdline``, and what is in there; -1: there is none."""
+"""Sets how to recognise the process recorded last: a descriptor of its ``/proc/PID/cmdline``, which is
+duplicated, and the content of that file. Descriptor -1: there is none."""
 
 goes_on: Callable[[], int] = _module.goes_on if _module is not None else lambda: -1
-"""Returns what the request that has just come adds to :data:`changes`, if the same process makes it; else -1.
-It is noted at once, but a write only by :data:`wrote`."""
+"""Returns what the request that has just arrived adds to :data:`changes`, if the same process makes it; else
+-1. It is recorded at once, but a write only by :data:`wrote`."""
 
 wrote: Callable[[int], None] = _module.wrote if _module is not None else lambda _: None
-"""Takes note that a write to an inode has succeeded."""
+"""Records that a write to an inode has succeeded."""
 
 
 class InodeSet(Protocol):
@@ -231,7 +238,7 @@ class InodeSet(Protocol):
 
 
 class _InodeSet:
-    """One that C keeps."""
+    """The set that C keeps."""
 
     __slots__ = ("_has", "add", "clear", "discard")
 
@@ -294,30 +301,22 @@ def empty_buffer() -> None:
         _module.empty_buffer()
 
 
-def takes_set_id() -> bool | None:
+def clears_set_id() -> bool | None:
     """Whether the request that has just arrived clears set-ID bits of a file; None if not known.
 
     Call it from the handlers of open, create, write, setattr and setxattr (there for set-group-ID), before
     they await anything.
     """
-    return None if _module is None else _module.takes_set_id()
-
-
-def requester() -> tuple[int, int]:
-    """Return the process and the user of the request that has just arrived; process 0: not known.
-
-    Call it when :func:`takes_set_id` may be called.
-    """
-    return (0, 0) if _module is None else _module.requester()
+    return None if _module is None else _module.clears_set_id()
 
 
 class Counted(NamedTuple):
-    """The counts since the mount."""
+    """The counts of requests since the mount."""
 
     operations: list[tuple[int, int, int, int, list[tuple[int, int, int]]]]
-    """Opcode, answers, errors among them, ns, and how many took from so many ns to so many."""
+    """Opcode, answers, errors among them, total ns, and ranges of durations: from ns, to ns, count."""
     under_way: list[tuple[int, int]]
-    """Opcode, and for how many ns."""
+    """The requests in progress: opcode, and for how many ns."""
     direct_reads: int
     """How many reads were served without Python."""
 

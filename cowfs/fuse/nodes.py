@@ -36,7 +36,7 @@ from cowfs.types import Attr
 log = logging.getLogger(__name__)
 
 FOREVER = 10.0**9
-"""How long the kernel may cache names and attributes: only we change them."""
+"""Seconds for which the kernel may cache names and attributes: only this daemon changes them."""
 _REMEMBERED = 60.0
 """How many seconds the places of all inodes are remembered."""
 _DEEP = 16
@@ -62,7 +62,7 @@ class NodeHandlers(Handlers):
         self._sweeping = False
         fs.host.sweep_soon = self._sweep_soon
         self._no_default_acl: set[int] = set()
-        self._capability_taken: set[int] = set()
+        self._capability_removed: set[int] = set()
         self._owners = owners(owner_map)
         self._passthrough = Passthrough(fs.upper, passthrough)
         self.supports_dot_lookup = fs.exports
@@ -88,7 +88,7 @@ class NodeHandlers(Handlers):
 
     def _shortcuts(self, upper: Ext3Layer) -> Shortcuts:
         return Shortcuts(
-            self._fs, upper, self._masked, self._loop.is_quiet, self._listed_at_once, self._capability_taken
+            self._fs, upper, self._masked, self._loop.is_quiet, self._listed_at_once, self._capability_removed
         )
 
     def _listed_at_once(self, number: int, start: int) -> Listing | None:
@@ -184,16 +184,16 @@ class NodeHandlers(Handlers):
             return Owner(ctx.uid, ctx.gid)
         return Owner(self._owners.stored_user(ctx.uid), self._owners.stored_group(ctx.gid))
 
-    def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
-        """Return the kind of writer that changes a file, its owner or its ACL. If *takes* is None, ask
+    def _writer(self, node: Node, ctx: RequestContext, clears: bool | None) -> Writer:
+        """Return the kind of writer that changes a file, its owner or its ACL. If *clears* is None, ask
         /proc."""
-        return self._writer_by(node, ctx.pid, ctx.uid, takes)
+        return self._writer_by(node, ctx.pid, ctx.uid, clears)
 
-    def _writer_by(self, node: Node, pid: int, uid: int, takes: bool | None) -> Writer:
-        if not node.mode & SET_ID or takes is False:
+    def _writer_by(self, node: Node, pid: int, uid: int, clears: bool | None) -> Writer:
+        if not node.mode & SET_ID or clears is False:
             return Writer.PRIVILEGED
         caller = look_at(pid)
-        if takes is None and (uid == 0 if caller is None else caller.has("CAP_FSETID")):
+        if clears is None and (uid == 0 if caller is None else caller.has("CAP_FSETID")):
             return Writer.PRIVILEGED
         group = self._fs.stat(node).st_gid
         if self._owners is not None:
@@ -201,10 +201,10 @@ class NodeHandlers(Handlers):
         is_member = caller is not None and group in caller.groups
         return Writer.MEMBER if is_member else Writer.STRANGER
 
-    def _may_take_nothing(self, node: Node, writer: Writer, ctx: RequestContext) -> bool:
-        """Whether the caller asks to clear set-ID bits, but may not.
+    def _may_not_clear(self, node: Node, writer: Writer, ctx: RequestContext) -> bool:
+        """Whether the caller asks to clear set-ID bits, but has no permission to.
 
-        The caller uses chown(2), without a new owner, on another user's file.
+        This happens if the caller uses chown(2), without a new owner, on another user's file.
 
         The kernel sends the same request before any user's write through a descriptor (file_remove_privs()).
         """

@@ -25,6 +25,7 @@ from cowfs.fuse.feeds import Feed
 from cowfs.fuse.handlers import HandlerTable
 from cowfs.fuse.paths import Place, join
 from cowfs.fuse.recorder import Recorder
+from cowfs.linux.files import RENAME_EXCHANGE
 from cowfs.linux.processes import Process, Processes
 from cowfs.overlay.node import APART, Node
 from cowfs.overlay.overlay import Overlay
@@ -33,14 +34,11 @@ from cowfs.store.format.records import OPERATIONS
 log = logging.getLogger(__name__)
 
 _BURST_NS = 1_000_000_000
-"""How often one process's writes to one file are reported to a watcher, and after the last of them."""
+"""How often a process's writes to a file are reported to a watcher. The last write is also reported."""
 _LOOK = 0.25
+"""Seconds between two searches for writes that have ended."""
 _SAVE = 1.0
-"""Seconds."""
-_KERNEL = 0xFFFFFFFF
-"""The user whom the kernel writes as what was changed by mmap(2); it has no process, as it has for no other
-request but one from outside of our PID namespace."""
-_EXCHANGE = 2  # RENAME_EXCHANGE
+"""Seconds between two saves of the record."""
 _BITS = {name: 1 << number for number, name in enumerate(OPERATIONS)}
 
 
@@ -127,7 +125,7 @@ class Observer:
 
     def _who(self, pid: int, uid: int, ino: int = 0) -> Process | None:
         """Return the process that makes a change now; *ino* is the inode of a change that may continue."""
-        if uid == _KERNEL:
+        if uid == libfuse.KERNEL_UID:
             self._note(0, 0, 0)
             return None
         if not self._note(ino if self.recorder is not None and not self.feed.watchers else 0, pid, uid):
@@ -362,7 +360,7 @@ def _taking(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
         await plain.rename(old, name, new, to, flags, ctx)
         for node in concerned:
             leaves(node, True)
-        operation = "exchange" if flags & _EXCHANGE else "rename"
+        operation = "exchange" if flags & RENAME_EXCHANGE else "rename"
         named(operation, ctx, (nodes.get(old), name), concerned[0], (nodes.get(new), to))
 
     return {"unlink": taker("unlink", "remove"), "rmdir": taker("rmdir", "rmdir"), "rename": rename}
@@ -400,7 +398,8 @@ def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
         else:
             node = observer.adapter.node_of(fh)
         written = await plain.write(fh, off, buf)
-        changed("write", pid, uid if pid else _KERNEL, node)
+        # No process: the kernel writes what mmap(2) changed, or the caller is in another PID namespace.
+        changed("write", pid, uid if pid else libfuse.KERNEL_UID, node)
         return written
 
     async def first_setattr(inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
@@ -444,7 +443,7 @@ def _changing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
 
 
 def _of(fields: Any) -> str:
-    """Return in one word what a SETATTR changes."""
+    """Return the name of the operation that a SETATTR makes; "" if it changes nothing that is reported."""
     if fields.update_size:
         return "truncate"
     if fields.update_uid or fields.update_gid:

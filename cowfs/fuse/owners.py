@@ -26,10 +26,10 @@ class OwnerMap:
     """The owners that a mount shows instead of those that its files have."""
 
     users: tuple[Range, ...] = ()
-    """The first number of the files, the first that is shown for it, and how many; none: all as they are."""
+    """Ranges: the first number in the layers, the first shown, and how many. Empty: all as they are."""
     groups: tuple[Range, ...] = ()
     user: int | None = None
-    """Whom all is shown to belong to."""
+    """The user that all files are shown to belong to."""
     group: int | None = None
 
 

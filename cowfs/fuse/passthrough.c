@@ -23,8 +23,7 @@
 #include "messages.h"
 
 /* include/uapi/linux/fuse.h of Linux 6.9, protocol 7.40: Debian 12 has older headers. */
-enum { FUSE_INIT = 26 };
-enum { INIT_EXT = 1 << 30, WRITEBACK_CACHE = 1 << 16, PASSTHROUGH = 1 << (37 - 32) };
+enum { WRITEBACK_CACHE = 1 << 16, PASSTHROUGH = 1 << (37 - 32) };
 enum { IN_FLAGS = 3, IN_FLAGS2 = 4 };                        /* 32-bit words of struct fuse_init_in … */
 enum { OUT_FLAGS = 3, OUT_FLAGS2 = 8, OUT_STACK_DEPTH = 9 }; /* … and of struct fuse_init_out */
 enum { FOPEN_KEEP_CACHE = 1 << 1, FOPEN_PASSTHROUGH = 1 << 7 };

@@ -23,7 +23,7 @@ from cowfs.overlay.node import Node
 log = logging.getLogger(__name__)
 
 _UNFIT = os.O_APPEND | os.O_DIRECT
-"""fcntl(2) takes these flags from a file that is open; the kernel would go by what it was opened with."""
+"""fcntl(2) can clear these flags of an open file, but the kernel would still apply those of the open."""
 _SHORT = 64 << 20
 _SHORT_PART = 8
 """Space is short when less than this many bytes, and this part of all, are free: then writes come here, where
@@ -76,10 +76,10 @@ class Passthrough:
         self._upper = upper
         self._lent: dict[Node, _Lent] = {}
         self.pauses = False
-        """Whether nothing is lent that need not be: somebody wants to see each write."""
+        """Whether only what must be lent is lent, because somebody wants to see each write."""
         self._known: dict[int, bool] = {}
-        """Inodes of which something has been lent to be read: a mapping may be left, of which nobody tells.
-        True: one that may be written to."""
+        """Inodes that were lent for reading. A mapping of them may remain, which the kernel does not report.
+        True: the mapping may be writable."""
 
     @property
     def wanted(self) -> bool:

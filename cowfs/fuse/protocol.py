@@ -1,4 +1,4 @@
-"""The messages between the kernel and a FUSE daemon, as far as the view of a store needs them.
+"""The messages between the kernel and a FUSE daemon: the opcodes, and what the view of a store needs.
 
 Numbers and layouts are those of include/uapi/linux/fuse.h, in the machine's byte order. Fields at the end
 of a request that do not matter here are left out.
@@ -7,6 +7,7 @@ of a request that do not matter here are left out.
 from __future__ import annotations
 
 import struct
+from enum import IntEnum
 from typing import NamedTuple
 
 from cowfs.types import Attr
@@ -14,11 +15,11 @@ from cowfs.types import Attr
 MAJOR, MINOR = 7, 31
 ROOT_ID = 1
 POSIX_ACL = 1 << 20
-"""A flag of fuse_init_*: ACLs are kept by us and judged by the kernel."""
+"""A flag of fuse_init_*: cowfs stores ACLs, and the kernel checks them."""
 UNKNOWN_INO = 0xFFFFFFFF
 """An inode number of fuse_dirent."""
 DIRECT_IO = 1
-"""A flag of fuse_open_out: each read(2) is asked for, the page cache is left out."""
+"""A flag of fuse_open_out: each read(2) sends a request, and the page cache is not used."""
 
 IN = struct.Struct("=IIQQIIII")  # fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, padding
 OUT = struct.Struct("=IiQ")  # fuse_out_header: len, error (negated), unique
@@ -44,13 +45,69 @@ GETXATTR_OUT = struct.Struct("=I4x")  # fuse_getxattr_out: size, if the request 
 # fuse_kstatfs: blocks, bfree, bavail, files, ffree; bsize, namelen, frsize, padding, spare[6]
 STATFS_OUT = struct.Struct("=5Q3I28x")
 
-LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 5, 14, 15, 17, 18
-GETXATTR, LISTXATTR, INIT, OPENDIR, READDIR, RELEASEDIR = 22, 23, 26, 27, 28, 29
-INTERRUPT, DESTROY, NOTIFY_REPLY, BATCH_FORGET = 36, 38, 41, 42
-CHANGES = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47, 51))
-"""SETATTR SYMLINK MKNOD MKDIR UNLINK RMDIR RENAME LINK WRITE SETXATTR REMOVEXATTR CREATE FALLOCATE RENAME2
-COPY_FILE_RANGE TMPFILE."""
-NOT_ANSWERED = frozenset((FORGET, BATCH_FORGET, INTERRUPT, NOTIFY_REPLY))
+
+class Opcode(IntEnum):
+    """enum fuse_opcode: the kinds of requests."""
+
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
+    FLUSH = 25
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    FSYNCDIR = 30
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33
+    ACCESS = 34
+    CREATE = 35
+    INTERRUPT = 36
+    BMAP = 37
+    DESTROY = 38
+    IOCTL = 39
+    POLL = 40
+    NOTIFY_REPLY = 41
+    BATCH_FORGET = 42
+    FALLOCATE = 43
+    READDIRPLUS = 44
+    RENAME2 = 45
+    LSEEK = 46
+    COPY_FILE_RANGE = 47
+    SYNCFS = 50
+    TMPFILE = 51
+    STATX = 52
+    COPY_FILE_RANGE_64 = 53
+
+
+CHANGES = frozenset(
+    (
+        *(Opcode.SETATTR, Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.UNLINK, Opcode.RMDIR),
+        *(Opcode.RENAME, Opcode.LINK, Opcode.WRITE, Opcode.SETXATTR, Opcode.REMOVEXATTR, Opcode.CREATE),
+        *(Opcode.FALLOCATE, Opcode.RENAME2, Opcode.COPY_FILE_RANGE, Opcode.TMPFILE),
+    )
+)
+NOT_ANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
 
 
 class Request(NamedTuple):

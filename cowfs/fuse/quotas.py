@@ -14,9 +14,9 @@ from typing import NamedTuple
 from cowfs.linux import limits
 
 _A_FILE = 1 << 10
-"""Bytes that an open file takes of the daemon's memory, about."""
+"""About how many bytes of memory an open file takes."""
 _A_NAME = 100
-"""Bytes that a name takes in a listing, about."""
+"""About how many bytes a name in a listing takes."""
 _LEAST_DATA = 64 << 20
 """Bytes of data that writes may hold while they wait, on the smallest machine."""
 _ROOTS_PART = 8
@@ -27,15 +27,15 @@ class Bounds(NamedTuple):
     """How much of each resource the users of a mount have."""
 
     opened: int
-    """Files and directories that are open at a time: they take memory."""
+    """Files and directories that may be open at a time: each takes memory."""
     descriptors: int
-    """Descriptors for the files among them behind which stands one of the kernel's."""
+    """Descriptors of the open files that have one."""
     names: int
-    """Names that are kept for those who list directories."""
+    """Names kept for open listings of directories."""
     shared: bool
-    """Whether others than the one who mounted may come."""
+    """Whether users other than the one who mounted can use the mount."""
     data: int = 64 << 20
-    """Bytes of data that writes hold while they wait (``held_data.c``)."""
+    """Bytes of data that waiting writes hold (``held_data.c``)."""
 
 
 def bounds(*, shared: bool) -> Bounds:

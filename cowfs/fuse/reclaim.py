@@ -23,11 +23,11 @@ from cowfs.overlay.overlay import Overlay
 log = logging.getLogger(__name__)
 
 _FEW = 4096
-"""With this few nodes it is not worth the work."""
+"""With fewer nodes it is not worth the work."""
 _SHORT = 5.0
 """Percent of the last ten seconds in which somebody had to wait for memory (PSI): then it is short."""
 _AGAIN = 30.0
-"""Seconds until caches are emptied again for that: they would be of no use."""
+"""Seconds until caches are emptied again for lack of memory. Caches emptied more often would be of no use."""
 _SOME = re.compile(rb"some avg10=(\d+\.\d+)")
 
 

@@ -21,7 +21,7 @@ from cowfs.store.format.records import MAKING, MOST_RECORDS, OPERATIONS, Records
 log = logging.getLogger(__name__)
 
 _MOST_BYTES = 32 << 10
-"""Of names and command lines: then a batch is full."""
+"""A batch with this many bytes of names and command lines is full."""
 _MAKING = (1 << len(MAKING)) - 1
 _CREATE, _WRITE, *_OTHERS = (
     1 << OPERATIONS.index(word) for word in ("create", "write", "chmod", "chown", "utimes")
@@ -30,9 +30,9 @@ _NOTED = [
     sum(bit for number, bit in enumerate((_WRITE, *_OTHERS)) if changes >> number & 1)
     for changes in range(16)
 ]
-"""By what :data:`cowfs.fuse.libfuse.changes` returns."""
+"""The operations of a record, indexed by the result of :data:`cowfs.fuse.libfuse.changes`."""
 _OPERATIONS, _LAST, _BY, _INO = 0, 2, 3, 6
-"""Where these are in a record."""
+"""The indexes of these fields in a record."""
 
 
 class Recorder:
@@ -51,16 +51,16 @@ class Recorder:
         self._base = time.time_ns() // 1000
         self._batch: list[list[Any]] = []
         self._open: dict[Node, list[Any]] = {}
-        """The last record of a file, if it may get more."""
+        """The last record of each file that can still be extended."""
         self._processes: list[Process] = []
         self._numbers: dict[int, int] = {id(None): -1}
-        """Of processes by their id(): they are compared often."""
+        """The index of each process in the batch, by its id(), because processes are compared often."""
         self._directories: dict[Node, int] = {}
         self._paths: list[str] = []
         self._bytes = 0
         libfuse.note(0, 0, 0)
         self.last: list[Any] | None = None
-        """The record of the last change, if it may get more."""
+        """The record of the last change, if it can still be extended."""
 
     def _ends(self) -> None:
         """End the last record: the next change does not belong to it."""

@@ -16,15 +16,14 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "request_stats.h"
 
+#include "clock.h"
 #include "held_data.h"
 #include "last_change.h"
 #include "messages.h"
 
-enum { FORGET = 2, INTERRUPT = 36, BATCH_FORGET = 42 }; /* linux/fuse.h: nobody waits for an answer to these */
 enum {
 	OPERATIONS = 64, /* opcodes; higher ones are counted as 0 */
 	RANGES = 4 * 42, /* of durations: up to an hour */
@@ -51,13 +50,6 @@ static struct request *under_way[BUCKETS]; /* by unique */
 static struct request at_hand[AT_HAND], *unused;
 static uint64_t direct_reads;
 
-static int64_t now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
 static unsigned range_of(uint64_t ns)
 {
 	if (ns < 4)
@@ -78,7 +70,7 @@ static struct request **bucket_of(uint64_t unique)
 	return &under_way[unique / 2 % BUCKETS]; /* the kernel's numbers are even */
 }
 
-void figures_begin(const void *request, size_t size)
+void request_stats_begin(const void *request, size_t size)
 {
 	struct in_header head;
 
@@ -86,7 +78,8 @@ void figures_begin(const void *request, size_t size)
 		return;
 	memcpy(&head, request, sizeof head);
 	uint32_t operation = head.opcode < OPERATIONS ? head.opcode : 0;
-	if (operation == FORGET || operation == BATCH_FORGET || operation == INTERRUPT) {
+	if (operation == FUSE_FORGET || operation == FUSE_BATCH_FORGET || operation == FUSE_INTERRUPT) {
+		/* Nobody waits for an answer. */
 		records[operation].count++;
 		return;
 	}
@@ -104,11 +97,11 @@ void figures_begin(const void *request, size_t size)
 	r->held = held_data_take(request, size);
 	r->next = *bucket;
 	*bucket = r;
-	r->begun = now();
+	r->begun = monotonic_ns();
 	last_change_request(head.pid, (uint64_t)r->begun);
 }
 
-void figures_end(uint64_t unique, int32_t error)
+void request_stats_end(uint64_t unique, int32_t error)
 {
 	struct request **place = bucket_of(unique), *r;
 
@@ -118,7 +111,7 @@ void figures_end(uint64_t unique, int32_t error)
 		place = &r->next;
 	if (!r)
 		return;
-	int64_t took = now() - r->begun;
+	int64_t took = monotonic_ns() - r->begun;
 	struct record *record = &records[r->operation];
 	record->count++;
 	record->errors += error != 0 && error != -ENOSYS; /* ENOSYS only means: do not send this again */
@@ -134,12 +127,12 @@ void figures_end(uint64_t unique, int32_t error)
 	}
 }
 
-void figures_read_directly(void)
+void request_stats_read_directly(void)
 {
 	direct_reads++;
 }
 
-void figures_reset(void)
+void request_stats_reset(void)
 {
 	for (unsigned b = 0; b < BUCKETS; b++)
 		for (struct request *r = under_way[b], *next; r; r = next) {
@@ -184,7 +177,7 @@ static PyObject *py_figures(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
 	PyObject *known = PyList_New(0), *waiting = PyList_New(0);
-	int64_t time = now();
+	int64_t time = monotonic_ns();
 
 	for (unsigned i = 0; known && i < OPERATIONS; i++) {
 		const struct record *r = &records[i];
@@ -205,7 +198,7 @@ static PyObject *py_figures(PyObject *self, PyObject *args)
 	return Py_BuildValue("(NNK)", known, waiting, (unsigned long long)direct_reads);
 }
 
-PyMethodDef figures_methods[] = {
+PyMethodDef request_stats_methods[] = {
 	{ "figures", py_figures, METH_NOARGS,
 	  "figures(): (opcode, count, errors, ns, ranges) of each operation, where a range is (from, to, count) of\n"
 	  "durations in ns; (opcode, ns) of each request in progress; the number of reads served without Python." },

@@ -17,9 +17,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "core_lock.h"
 #include "give_way.h"
 #include "messages.h"
@@ -183,9 +183,7 @@ static void cause_request(struct ring *ring, const struct queue *queue)
 /* Remember the numbers of some files that the kernel knows. */
 static void note_file(const struct in_header *in)
 {
-	enum { OPEN = 14, WRITE = 16 };
-
-	if (in->opcode >= OPEN && in->opcode <= WRITE && files[last_file] != in->nodeid)
+	if (in->opcode >= FUSE_OPEN && in->opcode <= FUSE_WRITE && files[last_file] != in->nodeid)
 		files[last_file = (last_file + 1) % FILES] = in->nodeid;
 }
 
@@ -228,13 +226,6 @@ ssize_t ring_writev(int fd, struct iovec *iov, int count)
 }
 
 /* --- requests --- */
-
-static int64_t now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
 
 /* Send a few late replies. With each, the kernel may store the next request and its data, which is then served. */
 static void send_late(struct ring *ring)
@@ -324,7 +315,7 @@ static ssize_t put_together(struct entry *e, char *buffer, size_t size)
 
 static void tell_of_pause(void)
 {
-	int64_t time = now();
+	int64_t time = monotonic_ns();
 
 	if (after_pause) {
 		if (time - last_request > PAUSE)
@@ -342,7 +333,7 @@ static void tell_of_pause(void)
 static void refuse(struct entry *e, int error)
 {
 	struct out_header out = { sizeof out, -error, e->unique };
-	figures_end(e->unique, error);
+	request_stats_end(e->unique, error);
 	answer(e, &out, 0);
 }
 
@@ -498,7 +489,7 @@ static PyObject *py_watch_pauses(PyObject *self, PyObject *callable)
 	Py_XSETREF(after_pause, callable);
 	if (callable == Py_None)
 		Py_CLEAR(after_pause);
-	last_request = now();
+	last_request = monotonic_ns();
 	Py_RETURN_NONE;
 }
 

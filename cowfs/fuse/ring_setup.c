@@ -20,9 +20,7 @@
 #include "messages.h"
 #include "ring.h"
 
-enum { FUSE_INIT = 26 };
 enum { INIT_FLAGS = 3, INIT_MAX_WRITE = 5, INIT_MAX_PAGES = 7, INIT_FLAGS2 = 8 }; /* 32-bit words of the reply */
-#define INIT_EXT (1u << 30)
 #define OVER_IO_URING (1u << (41 - 32))
 #define MIN_PAYLOAD 8192
 

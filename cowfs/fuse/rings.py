@@ -50,14 +50,14 @@ _POSSIBLE = "/sys/devices/system/cpu/possible"
 _SPARE = 4
 """How many coroutines are ready for requests before they are needed."""
 _WORKERS = 8
-"""How many requests workers handle at most; others wait in trio."""
+"""The most requests that workers handle at a time; others wait in trio."""
 _BRIEF = 0.0015
-"""How many seconds brief work takes at most, usually."""
+"""Work that usually takes at most this many seconds is brief."""
 _LATEST = 1 / 8
-"""How much the latest such work counts for what is usual."""
+"""The weight of the latest such work in the moving average."""
 _NEVER = 1 << 30
 _NO_MEMORY = 0.01
-"""Seconds until a request is taken again for which memory was lacking."""
+"""Seconds until a request that failed for lack of memory is received again."""
 
 
 class _Here(threading.local):
@@ -137,13 +137,13 @@ class Rings:
         self._workers: list[threading.Thread] = []
         self._working = 0
         self._usual = 2 * _BRIEF
-        """How many seconds work that was said to be brief takes: a moving average."""
+        """How many seconds work declared brief takes: a moving average."""
         self._all_done = trio.Event()
         self._token: trio.lowlevel.TrioToken
         self._nursery: trio.Nursery
         self._told: Callable[[], None]
         self.hurry: Callable[[bool], object] = lambda on: None
-        """Told by each thread whether it runs handlers, which must not wait for the disk."""
+        """Each thread tells it whether it runs handlers, which must not wait for the disk."""
 
     @asynccontextmanager
     async def serving(self, nursery: trio.Nursery, ended: Callable[[], None]) -> AsyncIterator[None]:

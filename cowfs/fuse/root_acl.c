@@ -16,7 +16,6 @@
 
 #include "messages.h"
 
-enum { SETATTR = 4, SETXATTR = 21, GETXATTR = 22, REMOVEXATTR = 24 }; /* linux/fuse.h */
 enum { NOTIFY_INVAL_INODE = 2 };
 enum { ROOT = 1, GETXATTR_IN = 8 };
 
@@ -40,9 +39,9 @@ void root_acl_received(const void *request, size_t size)
 	if (head.nodeid != ROOT)
 		return;
 	const char *name = (const char *)request + sizeof head + GETXATTR_IN;
-	if (head.opcode == SETATTR || head.opcode == SETXATTR || head.opcode == REMOVEXATTR)
+	if (head.opcode == FUSE_SETATTR || head.opcode == FUSE_SETXATTR || head.opcode == FUSE_REMOVEXATTR)
 		root_acl_reset();
-	else if (head.opcode == GETXATTR && size >= sizeof head + GETXATTR_IN + sizeof access_acl &&
+	else if (head.opcode == FUSE_GETXATTR && size >= sizeof head + GETXATTR_IN + sizeof access_acl &&
 		 !memcmp(name, access_acl, sizeof access_acl))
 		atomic_store(&asked, head.unique);
 }

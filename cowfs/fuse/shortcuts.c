@@ -1,6 +1,6 @@
 /* Answers requests by calling the union, in Python, without pyfuse3 (shortcuts.py).
  *
- * For each request, pyfuse3 makes a coroutine and three or four objects, which takes as long as most answers.
+ * pyfuse3 makes a coroutine and three or four objects for each request, which takes as long as most handlers.
  *
  * The calling thread holds the core lock and the GIL.
  */
@@ -417,7 +417,6 @@ bool shortcut_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size)
 		fuse_reply_xattr(req, 0);
 	return true;
 }
-
 
 /* --- for Python --- */
 

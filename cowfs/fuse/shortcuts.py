@@ -1,7 +1,7 @@
-"""Requests answered without a coroutine for each.
+"""Answers requests without a coroutine for each.
 
-C calls these functions (``shortcuts.c``). They do what the handlers of the same names would do where there is
-nothing to wait for, and leave the rest to those: errors, too, since a handler knows what to try again.
+C calls these functions (``shortcuts.c``). They do what the handlers of the same names do if nothing has to be
+awaited. Everything else is left to those handlers, including errors, because a handler knows what to retry.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable
 
+from cowfs.fuse import libfuse
 from cowfs.fuse.snapshots import DOTS
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
@@ -19,12 +20,10 @@ from cowfs.overlay.readdir import Listing, plain_nodes
 from cowfs.overlay.whole import copy_up_small
 from cowfs.types import Attr
 
-_NO_NAME = b"/"
-"""What O_TMPFILE creates (``beyond.c``)."""
 _TOO_LATE = 1 << 63
-"""The time in ns, in the year 2262, that C has no number for."""
+"""The first time in ns, in the year 2262, that does not fit into C's number."""
 _AT_ONCE = 256
-"""How many names are listed at most in one answer, so that others need not wait."""
+"""The most names that are listed in one answer, so that others need not wait."""
 Made = tuple[int, int, int]
 """The number and generation of a new inode, and its number in the image."""
 Listed = tuple[int, bytes, int, int, int]
@@ -41,14 +40,14 @@ class Shortcuts:
         masked: Callable[[Node, int, int], int],
         is_quiet: Callable[[], bool],
         listed: Callable[[int, int], Listing | None],
-        capability_taken: set[int],
+        capability_removed: set[int],
     ) -> None:
         """*upper* is the image; *masked* applies the umask to the mode of a new inode in a directory;
         *is_quiet* says whether no other request waits. *listed* returns the names for an open directory and a
-        place to begin at; None if finding them takes long. *capability_taken* are the inodes whose capability
+        place to begin at; None if finding them takes long. *capability_removed* are the inodes whose capability
         the kernel has just removed."""
         self._listed = listed
-        self._capability_taken = capability_taken
+        self._capability_removed = capability_removed
         self._is_quiet = is_quiet
         self._fs = fs
         self._upper = upper
@@ -102,7 +101,7 @@ class Shortcuts:
     def create(self, ino: int, name: bytes, mode: int, umask: int, uid: int, gid: int) -> Made | None:
         """Create a regular file in the directory *ino*. None: ask the handler."""
         parent = self._directory(ino)
-        if parent is None or name == _NO_NAME:
+        if parent is None or name == libfuse.NO_NAME:
             return None
         try:
             mode = stat.S_IFREG | self._masked(parent, mode, umask)
@@ -230,7 +229,7 @@ class Shortcuts:
 
     def has_no_capability(self, ino: int) -> bool:
         """Whether an inode is known to have no file capability, and none was removed a moment ago."""
-        return not self._capability_taken and self.has_no_xattrs(ino)
+        return not self._capability_removed and self.has_no_xattrs(ino)
 
     def has_no_xattrs(self, ino: int) -> bool:
         """Whether an inode is known to have no extended attributes at all."""
@@ -260,7 +259,7 @@ class Shortcuts:
 
 
 def _has_usual_times(attr: Attr) -> bool:
-    """Whether C has numbers for the times."""
+    """Whether the times fit into C's numbers."""
     times = attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns
     return max(times) < _TOO_LATE and min(times) >= -_TOO_LATE
 

@@ -20,7 +20,7 @@ class OpenDirectory:
         self.node = node
         self.opener = opener
         self.names: Listing | None = None
-        """What was there when the listing began."""
+        """The names in the directory when the listing began."""
 
 
 class Snapshots:

@@ -1,4 +1,4 @@
-/* Serves requests about which nothing is to be decided: those for inodes that are simply in the store's image.
+/* Serves requests that need no decision: those for inodes whose content is all in the store's image.
  *
  * A program that unpacks an archive writes each new file, and sets its owner, mode and times: four requests, which the
  * engine can answer alone. Python says which inode of the image a node is. The engine refuses to change an inode with
@@ -78,7 +78,6 @@ static bool is_observed(void)
 {
 	return store.observed && last_change_goes_on() < 0;
 }
-
 
 /* --- attributes --- */
 
@@ -241,7 +240,6 @@ bool store_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char
 	return true;
 }
 
-
 /* --- data --- */
 
 /* Write all of *data* to a simple inode; false if Python must do it. */
@@ -305,7 +303,6 @@ bool store_release(fuse_req_t req, const struct fuse_file_info *fi)
 	fuse_reply_err(req, 0);
 	return true;
 }
-
 
 /* --- for Python --- */
 

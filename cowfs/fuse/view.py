@@ -29,7 +29,7 @@ import trio
 
 from cowfs.fuse import protocol
 from cowfs.fuse.failure import errno_of
-from cowfs.fuse.protocol import Request
+from cowfs.fuse.protocol import Opcode, Request
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.linux import mount_table, mounts
 from cowfs.linux.callers import may_see_trusted
@@ -38,9 +38,9 @@ from cowfs.types import FileHandle
 log = logging.getLogger(__name__)
 
 FSTYPE = "fuse.cowfs-store"
-"""Not the type of a union: a program that looks for unions by type must not find this."""
+"""Another type than a union's, so that programs that look for unions by type do not find it."""
 _SOURCE = "cowfs-store"
-"""Not the path of the image: e2fsck and resize2fs would take it for mounted, and grow would fail."""
+"""Not the path of the image: e2fsck and resize2fs would believe it to be mounted, and grow would fail."""
 _MOST = 128 << 10
 """Bytes that are read at a time: the union waits meanwhile."""
 _LISTED = 16 << 10
@@ -77,25 +77,25 @@ class View:
         self._fresh = itertools.count(protocol.ROOT_ID + 1)
         self._files: dict[int, File] = {}
         self._listings: dict[int, list[bytes]] = {}
-        """Of each open directory: what was there when the listing began."""
+        """For each open directory, the names in it when the listing began."""
         self._buffer = bytearray(_REQUEST_MAX)
         self._handlers: dict[int, Callable[[Request], bytes]] = {
-            protocol.INIT: self._init,
-            protocol.LOOKUP: self._lookup,
-            protocol.FORGET: self._forget,
-            protocol.BATCH_FORGET: self._batch_forget,
-            protocol.GETATTR: self._getattr,
-            protocol.READLINK: lambda request: self._layer.readlink(self._node(request).key),
-            protocol.OPEN: self._open,
-            protocol.RELEASE: self._release,
-            protocol.OPENDIR: self._opendir,
-            protocol.RELEASEDIR: self._releasedir,
-            protocol.STATFS: self._statfs,
-            protocol.GETXATTR: self._getxattr,
-            protocol.LISTXATTR: self._listxattr,
-            protocol.INTERRUPT: lambda request: b"",  # no request takes long
-            protocol.NOTIFY_REPLY: lambda request: b"",
-            protocol.DESTROY: lambda request: b"",
+            Opcode.INIT: self._init,
+            Opcode.LOOKUP: self._lookup,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.GETATTR: self._getattr,
+            Opcode.READLINK: lambda request: self._layer.readlink(self._node(request).key),
+            Opcode.OPEN: self._open,
+            Opcode.RELEASE: self._release,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.RELEASEDIR: self._releasedir,
+            Opcode.STATFS: self._statfs,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.LISTXATTR: self._listxattr,
+            Opcode.INTERRUPT: lambda request: b"",  # no request takes long
+            Opcode.NOTIFY_REPLY: lambda request: b"",
+            Opcode.DESTROY: lambda request: b"",
         }
 
     # --- the connection
@@ -161,9 +161,9 @@ class View:
         try:
             if length != len(message):
                 code = errno.EINVAL
-            elif opcode == protocol.READ:
+            elif opcode == Opcode.READ:
                 data = await self._read(request)
-            elif opcode == protocol.READDIR:
+            elif opcode == Opcode.READDIR:
                 data = await self._readdir(request)
             elif opcode in self._handlers:
                 data = self._handlers[opcode](request)

@@ -239,7 +239,7 @@ async def test_hard_links_share_a_node(adapter: Adapter, kernel: Kernel) -> None
 
 
 def test_pyfuse3_has_what_the_loop_replaces() -> None:
-    """The loop replaces a private function of pyfuse3. Without it, pyfuse3's own loop runs, at half the speed."""
+    """The loop replaces a private function of pyfuse3; without it, pyfuse3's own loop is half as fast."""
     assert hasattr(pyfuse3, loop._WAIT)
 
 
@@ -269,7 +269,7 @@ async def test_few_snapshots_are_kept_and_each_reader_sees_all(fs: Direct) -> No
 async def test_a_full_store_first_serves_other_requests(
     adapter: Adapter, fs: Direct, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pending FORGET of a removed file may free space, so other requests are served first, but only once."""
+    """A pending FORGET of a removed file may free space: other requests are served first, but only once."""
     overlay, mkdir = fs.union.overlay, fs.union.overlay.upper.mkdir
     full, served = True, []
 

@@ -19,25 +19,7 @@ import pytest
 import trio
 
 from cowfs.fuse import daemon, protocol
-from cowfs.fuse.protocol import (
-    BATCH_FORGET,
-    DESTROY,
-    FORGET,
-    GETATTR,
-    GETXATTR,
-    INIT,
-    INTERRUPT,
-    LISTXATTR,
-    LOOKUP,
-    OPEN,
-    OPENDIR,
-    READ,
-    READDIR,
-    READLINK,
-    RELEASE,
-    RELEASEDIR,
-    STATFS,
-)
+from cowfs.fuse.protocol import Opcode
 from cowfs.fuse.view import View
 from cowfs.layers.ext3 import Ext3Layer
 from tests.support import ext3
@@ -113,11 +95,11 @@ class Kernel:
         """Return the inode number of a path, given by its names."""
         nodeid = ROOT
         for name in names:
-            data = await self.get(LOOKUP, nodeid, name + b"\0")
+            data = await self.get(Opcode.LOOKUP, nodeid, name + b"\0")
             nodeid = protocol.ENTRY_OUT.unpack_from(data)[0]
         return nodeid
 
-    async def open(self, nodeid: int, opcode: int = OPEN) -> int:
+    async def open(self, nodeid: int, opcode: int = Opcode.OPEN) -> int:
         return int(protocol.OPEN_OUT.unpack(await self.get(opcode, nodeid, bytes(8)))[0])
 
     async def works(self) -> None:
@@ -126,8 +108,8 @@ class Kernel:
 
     async def read(self, nodeid: int, offset: int, size: int) -> bytes:
         fh = await self.open(nodeid)
-        data = await self.get(READ, nodeid, reading(fh, offset, size))
-        await self.get(RELEASE, nodeid, struct.pack("=QIIQ", fh, 0, 0, 0))
+        data = await self.get(Opcode.READ, nodeid, reading(fh, offset, size))
+        await self.get(Opcode.RELEASE, nodeid, struct.pack("=QIIQ", fh, 0, 0, 0))
         return data
 
 
@@ -161,13 +143,15 @@ def names_in(data: bytes) -> list[tuple[bytes, int, int, int]]:
 
 async def test_init(layer: Ext3Layer) -> None:
     async with asked(layer) as kernel:
-        data = await kernel.get(INIT, 0, struct.pack("=4I48x", 7, 40, 1 << 20, 0xFFFFFFFF))
+        data = await kernel.get(Opcode.INIT, 0, struct.pack("=4I48x", 7, 40, 1 << 20, 0xFFFFFFFF))
         assert len(data) == 64
         assert struct.unpack_from("=4I", data) == (7, 31, 128 << 10, protocol.POSIX_ACL)
-        data = await kernel.get(INIT, 0, struct.pack("=4I", 7, 23, 4096, 0))
+        data = await kernel.get(Opcode.INIT, 0, struct.pack("=4I", 7, 23, 4096, 0))
         assert struct.unpack_from("=4I", data) == (7, 23, 4096, 0)
-        assert (await kernel.get(INIT, 0, struct.pack("=4I", 8, 1, 0, 0)))[:8] == struct.pack("=2I", 7, 31)
-        assert await kernel.ask(INIT, 0, struct.pack("=4I", 6, 1, 0, 0)) == (errno.EPROTO, b"")
+        assert (await kernel.get(Opcode.INIT, 0, struct.pack("=4I", 8, 1, 0, 0)))[:8] == struct.pack(
+            "=2I", 7, 31
+        )
+        assert await kernel.ask(Opcode.INIT, 0, struct.pack("=4I", 6, 1, 0, 0)) == (errno.EPROTO, b"")
 
 
 async def test_attributes(layer: Ext3Layer) -> None:
@@ -175,7 +159,7 @@ async def test_attributes(layer: Ext3Layer) -> None:
         for name in (b"file", b"dir", b"link", b"gone", b"device"):
             key, attr = layer.lookup(layer.root, name) or (0, None)
             assert attr is not None
-            data = await kernel.get(LOOKUP, ROOT, name + b"\0")
+            data = await kernel.get(Opcode.LOOKUP, ROOT, name + b"\0")
             number, *valid = protocol.ENTRY_OUT.unpack_from(data)
             assert valid == [0, 0, 0, 0, 0]
             got = protocol.ATTR.unpack_from(data, protocol.ENTRY_OUT.size)
@@ -185,16 +169,16 @@ async def test_attributes(layer: Ext3Layer) -> None:
                 *(time % 10**9 for time in (attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns)),
                 *(attr.st_mode, attr.st_nlink, attr.st_uid, attr.st_gid, attr.st_rdev, 4096, 0),
             )
-            again = await kernel.get(GETATTR, number, bytes(16))
+            again = await kernel.get(Opcode.GETATTR, number, bytes(16))
             assert again == bytes(16) + data[protocol.ENTRY_OUT.size :]
             assert number != key
-        assert await kernel.get(READLINK, await kernel.find(b"link")) == b"to/nowhere"
-        assert await kernel.ask(READLINK, await kernel.find(b"file")) == (errno.EINVAL, b"")
-        assert await kernel.ask(LOOKUP, ROOT, b"none\0") == (errno.ENOENT, b"")
-        assert await kernel.ask(LOOKUP, ROOT, b"x" * 300 + b"\0") == (errno.ENAMETOOLONG, b"")
-        assert await kernel.ask(LOOKUP, await kernel.find(b"file"), b"x\0") == (errno.ENOTDIR, b"")
+        assert await kernel.get(Opcode.READLINK, await kernel.find(b"link")) == b"to/nowhere"
+        assert await kernel.ask(Opcode.READLINK, await kernel.find(b"file")) == (errno.EINVAL, b"")
+        assert await kernel.ask(Opcode.LOOKUP, ROOT, b"none\0") == (errno.ENOENT, b"")
+        assert await kernel.ask(Opcode.LOOKUP, ROOT, b"x" * 300 + b"\0") == (errno.ENAMETOOLONG, b"")
+        assert await kernel.ask(Opcode.LOOKUP, await kernel.find(b"file"), b"x\0") == (errno.ENOTDIR, b"")
         room = layer.statfs()
-        assert struct.unpack_from("=5Q3I", await kernel.get(STATFS)) == (
+        assert struct.unpack_from("=5Q3I", await kernel.get(Opcode.STATFS)) == (
             *(room.blocks, room.bfree, room.bavail, room.files, room.ffree),
             *(room.bsize, 255, room.frsize),
         )
@@ -204,13 +188,18 @@ async def test_xattrs(layer: Ext3Layer) -> None:
     async with asked(layer) as kernel:
         file = await kernel.find(b"file")
         name = b"trusted.overlay.origin\0"
-        assert await kernel.get(GETXATTR, file, struct.pack("=II", 0, 0) + name) == struct.pack("=II", 40, 0)
-        assert await kernel.get(GETXATTR, file, struct.pack("=II", 40, 0) + name) == b"x" * 40
-        assert await kernel.ask(GETXATTR, file, struct.pack("=II", 39, 0) + name) == (errno.ERANGE, b"")
-        code, _ = await kernel.ask(GETXATTR, file, struct.pack("=II", 39, 0) + b"user.none\0")
+        assert await kernel.get(Opcode.GETXATTR, file, struct.pack("=II", 0, 0) + name) == struct.pack(
+            "=II", 40, 0
+        )
+        assert await kernel.get(Opcode.GETXATTR, file, struct.pack("=II", 40, 0) + name) == b"x" * 40
+        assert await kernel.ask(Opcode.GETXATTR, file, struct.pack("=II", 39, 0) + name) == (
+            errno.ERANGE,
+            b"",
+        )
+        code, _ = await kernel.ask(Opcode.GETXATTR, file, struct.pack("=II", 39, 0) + b"user.none\0")
         assert code == errno.ENODATA
         for uid, listed in ((0, [b"trusted.overlay.origin", b"user.mine"]), (1, [b"user.mine"])):
-            code, data = await kernel.ask(LISTXATTR, file, struct.pack("=II", 100, 0), uid=uid)
+            code, data = await kernel.ask(Opcode.LISTXATTR, file, struct.pack("=II", 100, 0), uid=uid)
             assert (code, sorted(data.split(b"\0")[:-1])) == (0, listed)
 
 
@@ -222,21 +211,21 @@ async def test_reads(layer: Ext3Layer) -> None:
             assert await kernel.read(file, offset, size) == DATA[offset : offset + size]
         assert await kernel.read(file, 7, 0xFFFFFFFF) == DATA[7 : 7 + (128 << 10)]
         fh = await kernel.open(file)
-        assert await kernel.ask(READ, file, reading(fh, 1 << 63, 1)) == (errno.EINVAL, b"")
-        assert await kernel.ask(READ, file, reading(fh + 77, 0, 1)) == (errno.EBADF, b"")
-        await kernel.get(RELEASE, file, struct.pack("=Q", fh))
-        assert await kernel.ask(READ, file, reading(fh, 0, 1)) == (errno.EBADF, b"")
+        assert await kernel.ask(Opcode.READ, file, reading(fh, 1 << 63, 1)) == (errno.EINVAL, b"")
+        assert await kernel.ask(Opcode.READ, file, reading(fh + 77, 0, 1)) == (errno.EBADF, b"")
+        await kernel.get(Opcode.RELEASE, file, struct.pack("=Q", fh))
+        assert await kernel.ask(Opcode.READ, file, reading(fh, 0, 1)) == (errno.EBADF, b"")
         for flags in (os.O_WRONLY, os.O_RDWR, os.O_TRUNC):
-            assert await kernel.ask(OPEN, file, struct.pack("=II", flags, 0)) == (errno.EROFS, b"")
-        assert await kernel.ask(OPEN, await kernel.find(b"dir"), bytes(8)) == (errno.EISDIR, b"")
+            assert await kernel.ask(Opcode.OPEN, file, struct.pack("=II", flags, 0)) == (errno.EROFS, b"")
+        assert await kernel.ask(Opcode.OPEN, await kernel.find(b"dir"), bytes(8)) == (errno.EISDIR, b"")
 
 
 async def test_listing(layer: Ext3Layer) -> None:
     """However small the buffer, each name comes once, at an offset that does not change."""
     async with asked(layer) as kernel:
-        fh = await kernel.open(ROOT, OPENDIR)
+        fh = await kernel.open(ROOT, Opcode.OPENDIR)
         found, offset = [], 0
-        while more := names_in(await kernel.get(READDIR, ROOT, reading(fh, offset, 40))):
+        while more := names_in(await kernel.get(Opcode.READDIR, ROOT, reading(fh, offset, 40))):
             assert len(more) == 1
             found += more
             offset = more[-1][2]
@@ -246,24 +235,24 @@ async def test_listing(layer: Ext3Layer) -> None:
             _, attr = layer.lookup(layer.root, name) or (0, layer.stat(layer.root))
             assert (ino, kind) == (attr.st_ino, stat.S_IFMT(attr.st_mode) >> 12)
         layer.unlink(layer.root, b"link", None)
-        assert names_in(await kernel.get(READDIR, ROOT, reading(fh, 3, 4096))) == [
+        assert names_in(await kernel.get(Opcode.READDIR, ROOT, reading(fh, 3, 4096))) == [
             entry for entry in found[3:] if entry[0] != b"link"
         ]
         assert b"link" not in [entry[0] for entry in names_in(await whole(kernel, ROOT, fh))]
         below = await kernel.find(b"dir", b"below")
-        inner = names_in(await whole(kernel, below, await kernel.open(below, OPENDIR)))
+        inner = names_in(await whole(kernel, below, await kernel.open(below, Opcode.OPENDIR)))
         assert [ino for _, ino, _, _ in inner] == [
             int(layer.lookup(layer.lookup(layer.root, b"dir")[0], b"below")[0]),  # type: ignore[index]
             int(layer.lookup(layer.root, b"dir")[0]),  # type: ignore[index]
         ]
-        assert await kernel.get(READDIR, ROOT, reading(fh, 1 << 63, 4096)) == b""
-        await kernel.get(RELEASEDIR, ROOT, struct.pack("=Q", fh))
-        assert await kernel.ask(READDIR, ROOT, reading(fh, 0, 4096)) == (errno.EBADF, b"")
-        assert await kernel.ask(OPENDIR, await kernel.find(b"file"), bytes(8)) == (errno.ENOTDIR, b"")
+        assert await kernel.get(Opcode.READDIR, ROOT, reading(fh, 1 << 63, 4096)) == b""
+        await kernel.get(Opcode.RELEASEDIR, ROOT, struct.pack("=Q", fh))
+        assert await kernel.ask(Opcode.READDIR, ROOT, reading(fh, 0, 4096)) == (errno.EBADF, b"")
+        assert await kernel.ask(Opcode.OPENDIR, await kernel.find(b"file"), bytes(8)) == (errno.ENOTDIR, b"")
 
 
 async def whole(kernel: Kernel, nodeid: int, fh: int) -> bytes:
-    return await kernel.get(READDIR, nodeid, reading(fh, 0, 0xFFFFFFFF))
+    return await kernel.get(Opcode.READDIR, nodeid, reading(fh, 0, 0xFFFFFFFF))
 
 
 async def test_stale(layer: Ext3Layer) -> None:
@@ -272,17 +261,22 @@ async def test_stale(layer: Ext3Layer) -> None:
         old = await kernel.find(b"file")
         number = layer.lookup(layer.root, b"file")[0]  # type: ignore[index]
         layer.unlink(layer.root, b"file", None)
-        assert await kernel.ask(GETATTR, old, bytes(16)) == (errno.ESTALE, b"")
+        assert await kernel.ask(Opcode.GETATTR, old, bytes(16)) == (errno.ESTALE, b"")
         key, file = layer.create(layer.root, b"other", 0o600, 0, 0)
         file.close()
         assert key == number, "the number is given out again"
         new = await kernel.find(b"other")
         assert new != old
-        for opcode, body in ((GETATTR, bytes(16)), (OPEN, bytes(8)), (LOOKUP, b"x\0"), (READLINK, b"")):
+        for opcode, body in (
+            (Opcode.GETATTR, bytes(16)),
+            (Opcode.OPEN, bytes(8)),
+            (Opcode.LOOKUP, b"x\0"),
+            (Opcode.READLINK, b""),
+        ):
             assert await kernel.ask(opcode, old, body) == (errno.ESTALE, b"")
-        await kernel.tell(FORGET, old, struct.pack("=Q", 1))
+        await kernel.tell(Opcode.FORGET, old, struct.pack("=Q", 1))
         assert await kernel.find(b"other") == new
-        await kernel.get(GETATTR, new, bytes(16))
+        await kernel.get(Opcode.GETATTR, new, bytes(16))
 
 
 async def test_forgets(layer: Ext3Layer) -> None:
@@ -291,15 +285,15 @@ async def test_forgets(layer: Ext3Layer) -> None:
         file = await kernel.find(b"file")
         for _ in range(2):
             assert await kernel.find(b"file") == file
-        await kernel.tell(FORGET, file, struct.pack("=Q", 2))
-        await kernel.get(GETATTR, file, bytes(16))
+        await kernel.tell(Opcode.FORGET, file, struct.pack("=Q", 2))
+        await kernel.get(Opcode.GETATTR, file, bytes(16))
         directory = await kernel.find(b"dir")
         pairs = struct.pack("=4Q", file, 1, directory, 1)
-        await kernel.tell(BATCH_FORGET, 0, struct.pack("=II", 2, 0) + pairs)
+        await kernel.tell(Opcode.BATCH_FORGET, 0, struct.pack("=II", 2, 0) + pairs)
         for nodeid in (file, directory):
-            assert await kernel.ask(GETATTR, nodeid, bytes(16)) == (errno.ESTALE, b"")
+            assert await kernel.ask(Opcode.GETATTR, nodeid, bytes(16)) == (errno.ESTALE, b"")
         assert await kernel.find(b"file") not in {file, directory}
-        await kernel.tell(FORGET, ROOT, struct.pack("=Q", 1 << 40))
+        await kernel.tell(Opcode.FORGET, ROOT, struct.pack("=Q", 1 << 40))
         await kernel.works()
 
 
@@ -320,15 +314,15 @@ async def test_nothing_is_changed(layer: Ext3Layer) -> None:
         for opcodes, code in ((CHANGES, errno.EROFS), (OTHERS, errno.ENOSYS)):
             for opcode in opcodes.values():
                 assert await kernel.ask(opcode, ROOT, b"file\0" * 20) == (code, b""), opcode
-        assert await kernel.ask(DESTROY) == (0, b"")
-        await kernel.tell(INTERRUPT, 0, struct.pack("=Q", 1))
+        assert await kernel.ask(Opcode.DESTROY) == (0, b"")
+        await kernel.tell(Opcode.INTERRUPT, 0, struct.pack("=Q", 1))
         await kernel.works()
 
 
 async def test_garbage(layer: Ext3Layer) -> None:
     """Each request gets one reply, or none if the kernel expects none; the view continues."""
     source = random.Random(7)
-    silent = {FORGET, BATCH_FORGET, INTERRUPT, 41}
+    silent = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, 41}
     async with asked(layer) as kernel:
         await kernel.find(b"file")
         for short in range(protocol.IN.size):
@@ -347,11 +341,21 @@ async def test_garbage(layer: Ext3Layer) -> None:
                 assert code == 0 or code in errno.errorcode, (round_, opcode, code)
         unique = 1 << 40
         for length in (0, 39, 41, 0xFFFFFFFF):
-            await kernel.send(protocol.IN.pack(length, GETATTR, unique, ROOT, 0, 0, 1, 0))
+            await kernel.send(protocol.IN.pack(length, Opcode.GETATTR, unique, ROOT, 0, 0, 1, 0))
             assert await kernel.hear() == (unique, errno.EINVAL, b"")
-        for opcode in (LOOKUP, GETXATTR, OPEN, READ, READDIR, RELEASE, RELEASEDIR, LISTXATTR, INIT):
+        for opcode in (
+            Opcode.LOOKUP,
+            Opcode.GETXATTR,
+            Opcode.OPEN,
+            Opcode.READ,
+            Opcode.READDIR,
+            Opcode.RELEASE,
+            Opcode.RELEASEDIR,
+            Opcode.LISTXATTR,
+            Opcode.INIT,
+        ):
             assert await kernel.ask(opcode, ROOT, b"") == (errno.EINVAL, b""), opcode
-        assert await kernel.ask(LOOKUP, ROOT, b"file") == (errno.EINVAL, b"")
+        assert await kernel.ask(Opcode.LOOKUP, ROOT, b"file") == (errno.EINVAL, b"")
         await kernel.works()
 
 
@@ -385,10 +389,10 @@ async def test_long_reads_are_waited_for(layer: Ext3Layer, monkeypatch: pytest.M
         file = await kernel.find(b"file")
         fh = await kernel.open(file)
         slow.may.set()
-        assert await kernel.get(READ, file, reading(fh, 0, 10)) == b"slow"
+        assert await kernel.get(Opcode.READ, file, reading(fh, 0, 10)) == b"slow"
         slow.may.clear()
         slow.reading.clear()
-        await kernel.tell(READ, file, reading(fh, 0, 10))
+        await kernel.tell(Opcode.READ, file, reading(fh, 0, 10))
         await trio.to_thread.run_sync(slow.reading.wait, 20)
         threading.Timer(0.1, slow.may.set).start()
     assert slow.done == ["read", "read", "closed"]
@@ -412,8 +416,8 @@ async def test_failures_are_answered(
             with monkeypatch.context() as broken:
                 broken.setattr(layer, "stat", fail)
                 broken.setattr(layer, "open", fail)
-                assert await kernel.ask(GETATTR, file, bytes(16)) == (code, b"")
-                assert await kernel.ask(OPEN, file, bytes(8)) == (code, b"")
+                assert await kernel.ask(Opcode.GETATTR, file, bytes(16)) == (code, b"")
+                assert await kernel.ask(Opcode.OPEN, file, bytes(8)) == (code, b"")
         await kernel.works()
     assert [record.exc_info is not None for record in caplog.records] == [True, True]
 
@@ -430,11 +434,12 @@ async def test_a_damaged_inode_is_listed(layer: Ext3Layer, monkeypatch: pytest.M
     async with asked(layer) as kernel:
         monkeypatch.setattr(layer, "lookup", damaged)
         listed = {
-            entry[0]: entry for entry in names_in(await whole(kernel, ROOT, await kernel.open(ROOT, OPENDIR)))
+            entry[0]: entry
+            for entry in names_in(await whole(kernel, ROOT, await kernel.open(ROOT, Opcode.OPENDIR)))
         }
         assert listed.keys() == {b".", b"..", *names_of(layer, layer.root)}
         assert (listed[b"file"][1], listed[b"file"][3]) == (0xFFFFFFFF, 0)
-        assert await kernel.ask(LOOKUP, ROOT, b"file\0") == (errno.EUCLEAN, b"")
+        assert await kernel.ask(Opcode.LOOKUP, ROOT, b"file\0") == (errno.EUCLEAN, b"")
 
 
 async def test_ends_with_the_connection(layer: Ext3Layer) -> None:
@@ -444,7 +449,7 @@ async def test_ends_with_the_connection(layer: Ext3Layer) -> None:
         await kernel.open(file)
         before = layer.statfs().bfree
         layer.unlink(layer.root, b"file", None)
-        await kernel.get(GETATTR, file, bytes(16))
+        await kernel.get(Opcode.GETATTR, file, bytes(16))
         kernel.end.shutdown(socket.SHUT_RDWR)
         with trio.fail_after(20):
             while kernel.view._fd >= 0:
@@ -457,9 +462,9 @@ async def test_an_answer_that_nobody_takes(layer: Ext3Layer, caplog: pytest.LogC
     async with asked(layer) as kernel:
         while "did not accept" not in caplog.text:
             assert kernel.unique < 100_000
-            await kernel.tell(GETATTR, ROOT, bytes(16))
+            await kernel.tell(Opcode.GETATTR, ROOT, bytes(16))
             await trio.lowlevel.checkpoint()
-        await kernel.tell(FORGET, ROOT, bytes(8))
+        await kernel.tell(Opcode.FORGET, ROOT, bytes(8))
         with suppress(BlockingIOError):
             while kernel.end.recv(1 << 20):
                 await trio.lowlevel.checkpoint()

@@ -127,7 +127,7 @@ def test_exit_code_and_message(base: Path) -> None:
     lines = said.splitlines()
     assert "missing" in lines[0] and lines[1] == "code 32"
     assert "stroe" in lines[2] and lines[3] == "code 1"
-    assert [line.split()[:2] for line in lines[-2:]] == [["usage:", "mount.cowfs"], ["usage:", "umount.cowfs"]]
+    assert lines[-2].startswith("usage: mount.cowfs ") and lines[-1].startswith("usage: umount.cowfs ")
 
 
 def test_a_dry_run_mounts_nothing(base: Path) -> None:
