@@ -347,7 +347,7 @@ def _refuse_other_users(place: str, owner: int, fd: int) -> None:
         )
     if fd >= 0 and me != owner:
         raise MountFailure(
-            f"{place}: this mount belongs to another user (uid {owner}), to whom your files are not passed",
+            f"{place}: this mount belongs to another user (uid {owner}), who gets none of your files",
             "run this as that user",
         )
 

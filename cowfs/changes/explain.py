@@ -231,7 +231,7 @@ def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> I
     if answer.get("source") is not None:
         yield f"  in the lower it is {answer['source']}"
     if answer.get("volatile"):
-        yield f"  what is changed below {answer['volatile']} is in memory only (volatile); the store has this"
+        yield f"  changes below {answer['volatile']} are in memory only (volatile); the lines above show the store"
     yield f"  {_verdict(answer)}"
 
 
@@ -262,14 +262,14 @@ def _verdict(answer: dict[str, Any]) -> str:
     if letter == "D":
         return f"deleted{size}"
     if not answer["seen"]:
-        return "nothing is seen here"
+        return "nothing is shown here"
     if letter == "A":
         return f"added{size}"
     if letter == "R":
         return f"renamed{f', changed in {what}' if what else ''}{size}"
     if letter == "M":
         return f"changed in {what}{size}"
-    copy = ": what the store has is the same as below" if answer["bytes"] else ""
+    copy = ": the store has the same as the layers below" if answer["bytes"] else ""
     return f"not changed{copy}{size}"
 
 

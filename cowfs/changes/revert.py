@@ -208,7 +208,7 @@ class _Revert:
             if self._selection.matches(missing):
                 return None
             raise StoreError(
-                f"{escape(change.path)}: the directory that {escape(home)} was in is not there any more",
+                f"{escape(change.path)}: the directory that contained {escape(home)} no longer exists",
                 "revert that directory too",
             )
         new = find(self._fs, home)
@@ -505,7 +505,7 @@ class _Revert:
         if step.kind == "copied":
             found = fs.stack.find(place.parent.lowers, place.name)
             if not found:
-                raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", step.path)
+                raise FileNotFoundError(errno.ENOENT, "no lower has this name", step.path)
             idle = uncover.must_be_idle(fs, node)
             if idle is None:
                 node = fs.resolve(place.parent, place.name)
@@ -515,7 +515,7 @@ class _Revert:
                 uncover.give_content(fs, node, layer, key, stale)
         below = node.lowers[0] if node.lowers else shown_below(fs, place.parent, place.name)
         if below is None:  # a renamed file that is completely in the upper, or a new one
-            raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", step.path)
+            raise FileNotFoundError(errno.ENOENT, "no lower has this name", step.path)
         uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.lowers[below[0]], below[1]), stale)
 
     def drop_directories(self, bare: Iterable[bytes]) -> Progress:

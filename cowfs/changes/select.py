@@ -53,7 +53,7 @@ class Selection:
             path = plain(normal(text))
             if path and sides.after(path) is None and sides.before(path) is None:
                 raise UsageError(
-                    f"{what}: there is no {escape(path)} in it, and was none before",
+                    f"{what}: no {escape(path)} in it, now or before",
                     "give the path from the root of the tree",
                 )
 

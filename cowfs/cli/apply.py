@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="STORE|MOUNTPOINT", help="the changes; with --undo left out")
     parser.add_argument("root", metavar="ROOT", nargs="?", help="the directory, or the store, to change")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be done")
-    parser.add_argument("-f", "--force", action="store_true", help="also change what is in conflict")
+    parser.add_argument("-f", "--force", action="store_true", help="also change paths that are in conflict")
     parser.add_argument(
         "-i", "--interactive", action="store_true", help="ask for each change, and each conflict"
     )
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             warn(f"conflict: {escape(path) or '/'} {why}")
     if found and not args.force and not args.interactive:
         if not args.dry_run:
-            warn("nothing was changed (give --force to also change what is in conflict)")
+            warn("nothing was changed (give --force to also change these paths)")
         return EXIT_CONFLICT
     return _told(args.root, losses)
 

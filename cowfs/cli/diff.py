@@ -62,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="PATH",
         nargs="*",
         default=(),
-        help="list only this path and what is below it; may be a glob",
+        help="list only this path and everything below it; can be a glob",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("-p", "--patch", action="store_true", help="print a patch for git apply")

@@ -191,7 +191,7 @@ class Ending:
         for path, why in self._commit.conflicts:
             warn(f"conflict: {escape(path) or '/'} {why}")
         if not done:
-            warn("nothing was committed (--force also overwrites what is in conflict)")
+            warn("nothing was committed (--force also overwrites these files)")
         self._has_failed = not done
         self._is_prepared = done
         return done

@@ -60,7 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_offset(parser)
     parser.add_argument("-n", "--dry-run", action="store_true", help="only report what would be done")
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
-    parser.add_argument("--conflicts", metavar="DIR", default="", help="write what is in conflict to DIR")
+    parser.add_argument(
+        "--conflicts", metavar="DIR", default="", help="write each conflict's versions to DIR"
+    )
     parser.add_argument(
         "--force-lower", action="store_true", help="use OLDROOT even if the store belongs to another"
     )

@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--subdir", help="the name of a store in the store")
     parser.add_argument("--mode", choices=("rw", "ro"), default="rw", help="whether the store can be written")
     parser.add_argument("--below", action="append", default=[], help="a store on read-only media, as a layer")
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="who reads and writes images")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what reads and writes images")
     parser.add_argument(
         "--volatile", help="directories whose changes are not kept (default: as the store says)"
     )

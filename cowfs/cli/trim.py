@@ -14,7 +14,7 @@ Return the free space of a store that is an image to the disk, by making holes i
 size, and takes space again as it is filled. For a store in memory, this frees memory.
 """
 _EPILOG = """\
-The store is checked (and what is safe is repaired). It may be mounted, unless by --engine kernel; programs
+cowfs checks the store (and repairs what is safe). It can be mounted, unless by --engine kernel; programs
 that use the mount wait while it is checked.
 
 Afterwards the store needs free space on its disk when it is written to: if the disk is full, writes fail.

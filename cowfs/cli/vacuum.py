@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what could be removed")
     options.add_lower(parser)
     options.add_json_or_null(parser, "kind, bytes, path", JSON_HELP)
-    parser.add_argument("-q", "--quiet", action="store_true", help="do not list what is done")
+    parser.add_argument("-q", "--quiet", action="store_true", help="do not list the changes")
     parser.set_defaults(run=run)
 
 

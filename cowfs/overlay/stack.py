@@ -49,17 +49,17 @@ _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 class Rule(Enum):
     """A rule that decides what an inode of a layer means in a search."""
 
-    SHOWN = "its attributes are seen, and its data or its entries"
-    MERGED = "its entries are seen with those of the directory above it"
-    METACOPY = "its attributes are seen; its data is in a layer below"
-    DATA = "its data is seen, by a metacopy above it"
+    SHOWN = "its attributes are shown, and its data or its entries"
+    MERGED = "its entries are shown with those of the directory above it"
+    METACOPY = "its attributes are shown; its data is in a layer below"
+    DATA = "its data is shown, by a metacopy above it"
     INCOMPLETE = "a metacopy below another: the data is further down"
-    WHITEOUT = "a whiteout: nothing of it or below it is seen"
-    OPAQUE = "an opaque directory: nothing below it is seen"
+    WHITEOUT = "a whiteout: hides its name in the layers below"
+    OPAQUE = "an opaque directory: hides the directory in the layers below"
     REDIRECT = "the layers below have it under another name"
-    NO_DIRECTORY = "no directory: nothing of it or below it is seen under a directory"
+    NO_DIRECTORY = "not a directory: a directory above hides it and all below it"
     NO_FILE = "no regular file: it has no data for the metacopy above it"
-    INDEX = "a hard link: the inode in the index is seen, which another of its names changed"
+    INDEX = "a hard link: the inode in the index is shown, which was changed under another name"
 
 
 class Verdict(NamedTuple):

@@ -123,7 +123,7 @@ class DiskCache:
                 raise
             os.close(fd)
             os.unlink(self._name, dir_fd=self._directory)
-        raise OSError(errno.EIO, "somebody else writes there")
+        raise OSError(errno.EIO, "another process writes there")
 
     def get(self, number: int) -> bytes | None:
         """Return a block if it is cached and intact. Reads from the disk."""

@@ -114,7 +114,7 @@ def test_they_give_data_and_show_no_names(lowers: list[Path], tmp_path: Path) ->
     assert cowfs("mount", given, str(mnt), "--store", str(store)).returncode == 0
     try:
         assert seen(mnt) == before
-        assert "its data is seen" in cowfs("explain", str(mnt), "chain").stdout
+        assert "its data is shown" in cowfs("explain", str(mnt), "chain").stdout
         change(mnt)
         assert seen(mnt) == after
         wanted = cowfs("diff", str(mnt)).stdout

@@ -195,8 +195,7 @@ def test_paths_select(changed: Path, tmp_path: Path) -> None:
         refused = cowfs(command, changed, "et", *more)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert refused.stderr == (
-            f"cowfs: {changed}: there is no et in it, and was none before"
-            " (give the path from the root of the tree)\n"
+            f"cowfs: {changed}: no et in it, now or before (give the path from the root of the tree)\n"
         )
         away = cowfs(command, changed, "etc/../usr", *more)
         assert (away.returncode, away.stdout) == (1, "") and "etc/../usr: has .. in it" in away.stderr

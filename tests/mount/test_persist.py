@@ -231,7 +231,7 @@ def test_another_user_is_not_obeyed(base: Path) -> None:
     os.chown(base / "mnt", NOBODY, NOBODY)
     log = base / "nobody.log"
     with in_memory(base, nobody=True, log=log) as here:  # root is, but hands a user's daemon no directory
-        refused(cowfs("persist", here.path, base / "kept/s"), "to whom your files are not passed")
+        refused(cowfs("persist", here.path, base / "kept/s"), "who gets none of your files")
         os.chown(base / "kept", 0, 0)
         refused(cowfs("persist", here.path, base / "kept/s", nobody=True), "Permission denied")
         os.chown(base / "kept", NOBODY, NOBODY)

@@ -167,7 +167,7 @@ def test_strangers_are_told_whose_the_mount_is(lower: Path, nobody_path: Path) -
 def test_no_file_of_roots_is_handed_to_a_users_daemon(lower: Path, nobody_path: Path) -> None:
     with mounted(lower, nobody_path / "mnt", nobody=True) as here:
         done = cowfs("persist", here.path, nobody_path / "kept.bs", "64")
-        assert done.returncode != 0 and "to whom your files are not passed" in done.stderr
+        assert done.returncode != 0 and "who gets none of your files" in done.stderr
         assert not (nobody_path / "kept.bs").exists()
 
 

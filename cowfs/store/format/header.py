@@ -264,7 +264,7 @@ def volatile_above(volatile: Sequence[str], path: bytes) -> str | None:
 
 def said_of(volatile: Sequence[str]) -> str:
     """Return a text that lists *volatile* paths, which are not in the store."""
-    return f"what is changed below {', '.join(volatile)} is in memory only, and not listed (volatile)"
+    return f"changes below {', '.join(volatile)} are in memory only (volatile), and not listed"
 
 
 def _names(lowers: Sequence[Identity]) -> str:

@@ -92,7 +92,7 @@ def refuse_mixed(layer: UpperLayer) -> None:
     if sign is not None:
         raise StoreError(
             f"{layer.name}: a store of overlayfs, and aufs has written to it, too ({os.fsdecode(sign)})",
-            "copy it before you do anything; then move what is yours into upper/, and remove the rest",
+            "copy it first; then move your files into upper/, and remove the rest",
         )
 
 

@@ -241,7 +241,7 @@ def broken_rules(entries: Iterable[Entry], xattrs: XattrFormat) -> Iterator[str]
             try:
                 redirect = parse_partial(note).path  # a partial file has its own redirect
             except OSError:
-                yield f"{name}: the record of which of its data is in a lower (cowfs.partial) is invalid"
+                yield f"{name}: cowfs.partial, which records which data is still in a lower, is invalid"
                 continue
         if redirect is not None and not leads_somewhere(redirect):
             yield f"{name}: redirects to {printable(os.fsdecode(redirect))}, not a valid path in a lower"

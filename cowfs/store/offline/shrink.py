@@ -57,7 +57,7 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
         wanted = least if size is None else max(size, unit) // unit * unit
         if wanted < least:
             raise StoreError(
-                f"{path}: needs {format_size(least)} for what is in it",
+                f"{path}: needs {format_size(least)} for its content",
                 f"give {_in_mb(least)}, or delete files",
             )
         if wanted < superblock.size:

@@ -154,7 +154,7 @@ def _why_not(path: str, error: OSError, *, read_only: bool) -> tuple[str, str]:
         return f"{path}: is on read-only media", "copy it to a writable disk"
     if error.errno in {errno.EACCES, errno.EPERM}:
         if read_only:
-            return f"{path}: no permission to read it", "run this as the user to whom the store belongs"
+            return f"{path}: no permission to read it", "run this as the owner of the store"
         return (
             f"{path}: no permission to write to it",
             "the user who mounts must be able to write to the store",
