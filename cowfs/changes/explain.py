@@ -231,7 +231,7 @@ def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> I
     if answer.get("source") is not None:
         yield f"  in the lower it is {answer['source']}"
     if answer.get("volatile"):
-        yield f"  changes below {answer['volatile']} are in memory only (volatile); the lines above show the store"
+        yield f"  changes below {answer['volatile']} are in memory only (volatile); the above is the store's"
     yield f"  {_verdict(answer)}"
 
 
