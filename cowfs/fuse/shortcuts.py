@@ -44,8 +44,8 @@ class Shortcuts:
     ) -> None:
         """*upper* is the image; *masked* applies the umask to the mode of a new inode in a directory;
         *is_quiet* says whether no other request waits. *listed* returns the names for an open directory and a
-        place to begin at; None if finding them takes long. *capability_removed* are the inodes whose capability
-        the kernel has just removed."""
+        place to begin at; None if finding them takes long. *capability_removed* are the inodes whose
+        capability the kernel has just removed."""
         self._listed = listed
         self._capability_removed = capability_removed
         self._is_quiet = is_quiet
