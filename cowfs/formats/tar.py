@@ -1,7 +1,7 @@
 """An index of an uncompressed tar archive. Nothing is unpacked.
 
-Python's tarfile reads the headers: ustar, pax and GNU's, with sparse files, xattrs (SCHILY.xattr) and ACLs
-(SCHILY.acl). Archives are untrusted, so names, counts, sizes and positions are checked.
+Python's tarfile reads the headers: V7, ustar, pax and GNU's, with sparse files, xattrs (SCHILY.xattr) and
+ACLs (SCHILY.acl). Archives are untrusted, so names, counts, sizes and positions are checked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, cast
 from cowfs.errors import LayerError
 from cowfs.formats.acl_text import from_text
 from cowfs.formats.archive import MOST_MEMBERS, NAMES, Inode, Tree
+from cowfs.formats.squashfs.recognise import is_old_tar
 from cowfs.formats.squashfs.source import Bytes
 
 _LONGEST_HEADER = 16 << 20
@@ -33,8 +34,8 @@ _LONGEST_XATTR_NAME, _LONGEST_XATTR = 255, 64 << 10  # linux/limits.h: XATTR_NAM
 
 
 def is_tar(start: bytes) -> bool:
-    """Whether a file that begins with *start* is a tar archive: ustar, pax or GNU."""
-    return start[257:262] == b"ustar"
+    """Whether a file that begins with *start* is a tar archive: ustar, pax, GNU, or without a magic (V7)."""
+    return start[257:262] == b"ustar" or is_old_tar(start)
 
 
 class Archive(Tree):

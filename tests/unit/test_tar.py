@@ -246,3 +246,21 @@ def test_a_directory_that_loses_two_acls_counts_once() -> None:
 @pytest.mark.parametrize("value", [b"", b"\2\0\0\0", b"\1\0\0\0" + bytes(24), b"\2\0\0\0" + b"\x40" * 24])
 def test_a_value_that_is_no_acl_has_no_text(value: bytes) -> None:
     assert acl_text.to_text(value) is None
+
+
+def test_an_archive_of_the_oldest_form_is_recognised_by_its_checksum(tmp_path: Path) -> None:
+    (tmp_path / "tree/sub").mkdir(parents=True)
+    (tmp_path / "tree/sub/file").write_text("old")
+    (tmp_path / "tree/again").hardlink_to(tmp_path / "tree/sub/file")
+    (tmp_path / "tree/link").symlink_to("sub/file")
+    path = tmp_path / "old.tar"
+    run("tar", "--format=v7", "-C", tmp_path / "tree", "-cf", path, ".")
+    assert identify_lower(str(path)).kind == "tar"
+    with opened(path) as layer:
+        assert read(layer, "sub/file") == read(layer, "again") == b"old"
+        assert layer.readlink(find(layer, "link")) == b"sub/file"
+    damaged = bytearray(path.read_bytes())
+    damaged[0] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(LayerError, match="not a squashfs image"):
+        identify_lower(str(path))

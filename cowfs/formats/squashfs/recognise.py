@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import NamedTuple
@@ -66,19 +67,20 @@ _MAGICS = (
 )
 
 
+_OLD_TAR = _Magic(0, b"", "a tar archive", _ARCHIVE)
+
+
 def advice(start: bytes) -> str:
     """Return how to use the content of a file that begins with *start* as a lower; "" if unknown."""
-    for offset, magic, _, what_to_do in _MAGICS:
-        if start[offset : offset + len(magic)] == magic:
-            return what_to_do
-    return ""
+    found = _found(start)
+    return "" if found is None else found.advice
 
 
 def recognise(start: bytes) -> str:
     """Return what a file is that begins with *start*, in a few words; "" if unknown."""
-    for offset, magic, what, _ in _MAGICS:
-        if start[offset : offset + len(magic)] == magic:
-            return what
+    found = _found(start)
+    if found is not None:
+        return found.what
     if not start:
         return "an empty file"
     if start[:4] == b"\x7fELF":
@@ -88,6 +90,31 @@ def recognise(start: bytes) -> str:
     if not start.strip(b"\0"):
         return "a file that begins with zeros"
     return "a text file" if _is_text(start) else ""
+
+
+def _found(start: bytes) -> _Magic | None:
+    for known in _MAGICS:
+        if start[known.offset : known.offset + len(known.magic)] == known.magic:
+            return known
+    return _OLD_TAR if is_old_tar(start) else None
+
+
+def is_old_tar(start: bytes) -> bool:
+    """Whether a file that begins with *start* is a tar archive without a magic, as V7's tar wrote them.
+
+    Its first header has a name, octal numbers, and the right checksum (tar(5)).
+    """
+    header = start[:512]
+    numbers = (
+        header[start:end].strip(b" \0") for start, end in ((100, 108), (124, 136), (136, 148), (148, 156))
+    )
+    if len(header) < 512 or not header[0] or header[156] not in b"\0" + b"01234567":
+        return False
+    if not all(re.fullmatch(b"[0-7]+", number) for number in numbers):
+        return False
+    wanted = int(header[148:156].strip(b" \0"), 8)
+    summed = header[:148] + b" " * 8 + header[156:]
+    return wanted in {sum(summed), sum(memoryview(summed).cast("b"))}
 
 
 def _is_text(start: bytes) -> bool:
