@@ -169,6 +169,12 @@ def test_what_is_refused(tmp_path: Path, images: tuple[Path, Path]) -> None:
         (tmp_path / "text").write_text("text\n" * 100)
         assert "squashfs" in refused("lower", "add", mnt, tmp_path / "text")
         (mnt / "inside.sb").write_bytes(module.read_bytes())
+        program = Path("/bin/true").read_bytes()
+        (tmp_path / "app").write_bytes(program + module.read_bytes())
+        (tmp_path / "disk").write_bytes(bytes(1 << 20) + module.read_bytes())
+        told = refused("lower", "add", mnt, tmp_path / "app")
+        assert f"copy it out: tail -c +{len(program) + 1} FILE" in told and "offset=" not in told
+        assert "copy it out: tail -c +OFFSET+1 FILE" in refused("lower", "add", mnt, tmp_path / "disk")
         assert "in the mount itself" in refused("lower", "add", mnt, mnt / "inside.sb")
         assert "not a cowfs mountpoint" in refused("lower", "add", tmp_path, module)
         (mnt / "inside.sb").unlink()

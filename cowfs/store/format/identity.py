@@ -157,15 +157,27 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
 
 
 def identify_image(fd: int, path: str) -> Identity:
-    """Return the identity of the squashfs image in the open file *fd*; *path* is for messages. Blocks.
+    """Return the identity of the squashfs image in the open file *fd*, which begins at the file's start.
 
-    LayerError if the file has none.
+    *path* is for messages. Blocks. LayerError if the file has none.
     """
     try:
         with closing(FileBytes(os.dup(fd))) as data:
-            return _squashfs(data, path, 0)
+            try:
+                return _squashfs(data, path, 0)
+            except LayerError as error:
+                raise LayerError(error.message, _copied_out(data, error.hint)) from None
     except OSError as error:
         raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _copied_out(data: Bytes, hint: str) -> str:
+    """Return what to do about a file without an image at its start, where no offset can be given."""
+    if "offset=" not in hint:
+        return hint
+    at = image_behind(data.pread(SAMPLE, 0), data.pread)
+    number = "OFFSET+1" if at is None or at >= data.size else at + 1
+    return f"if an image begins later in the file, copy it out: tail -c +{number} FILE >MODULE"
 
 
 def _why(path: str, error: OSError) -> tuple[str, str]:
