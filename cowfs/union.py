@@ -17,7 +17,7 @@ from cowfs.errors import CowfsError, StoreError, UsageError
 from cowfs.layers.base import Cached, Key, LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.slow import SlowLayer, unwrapped
-from cowfs.linux import filesystems
+from cowfs.linux import filesystems, user_namespace
 from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.lowers import open_lowers, open_module
 from cowfs.overlay import incomplete, modules, uncover
@@ -354,6 +354,7 @@ def _join(kind: type[Overlay], store: Store, lowers: Sequence[LowerLayer], wante
         has_exact_holes=store.kind == "image" or bool(store.layer.fill_unit),
         metacopy=wanted.metacopy and not store.is_aufs,
         redirect_dir=wanted.redirect_dir and not store.is_aufs,
+        nobody=user_namespace.nobody() if _may_lack_owners(store) else None,
     )
     overlay = kind(
         store.layer,
@@ -368,6 +369,11 @@ def _join(kind: type[Overlay], store: Store, lowers: Sequence[LowerLayer], wante
     overlay.host.not_saved = store.not_saved
     overlay.trash = lambda: layout.find(store.layer, layout.PRIVATE, layout.TRASH)
     return overlay
+
+
+def _may_lack_owners(store: Store) -> bool:
+    """Whether files may have owners without a number in the namespace that the owners in the store are of."""
+    return store.header.owners is not None or not user_namespace.has_everybody(user_namespace.id_map())
 
 
 def _index_of(store: Store) -> Key | None:

@@ -16,7 +16,8 @@ class RealOwners:
     """The tree *after*, each file with the owner that a commit in the namespace would have given it.
 
     A user or group that has no number in the namespace is that of the file before the changes, because nobody
-    in the namespace can change it. So are those in its ACL.
+    in the namespace can change it. So are those in its ACL. What shows as nobody may be one of these even if
+    the namespace has a user with this number.
     """
 
     def __init__(
@@ -40,10 +41,13 @@ class RealOwners:
             return None
         attr = own_attr(found.attr)
         user, group = self._owners.user(attr.st_uid), self._owners.group(attr.st_gid)
-        was = self._before.node(self._old_path(path)) if user is None or group is None else None
-        if was is not None:
-            user = was.attr.st_uid if user is None else user
-            group = was.attr.st_gid if group is None else group
+        nobody = self._owners.nobody
+        if attr.st_uid == nobody[0] or attr.st_gid == nobody[1]:
+            old_path = self._old_path(path)
+            was, seen = self._before.node(old_path), self._seen_before.node(old_path)
+            if was is not None and seen is not None:
+                user = was.attr.st_uid if attr.st_uid == seen.attr.st_uid == nobody[0] else user
+                group = was.attr.st_gid if attr.st_gid == seen.attr.st_gid == nobody[1] else group
         attr.st_uid = attr.st_uid if user is None else user
         attr.st_gid = attr.st_gid if group is None else group
         return replace(found, attr=attr, xattrs=functools.partial(self._xattrs, path, found))

@@ -42,6 +42,9 @@ class Known(Protocol):
     def keeps_acls(self, path: bytes) -> bool:
         """Return whether the new version may lack an ACL only because its store could not have it."""
 
+    def source(self, path: bytes) -> bytes | None:
+        """Return the path from which the directory's own inode should be renamed to *path*, if any."""
+
 
 class Compared:
     """The facts that follow from the version before the changes."""
@@ -62,6 +65,9 @@ class Compared:
 
     def keeps_acls(self, path: bytes) -> bool:
         return False
+
+    def source(self, path: bytes) -> bytes | None:
+        return None
 
 
 class Apply:
@@ -116,6 +122,9 @@ class Apply:
         path = entry.path
         parent, name = self._root.place(path)
         there = self._root.stat_in(parent, name)
+        if there is None:
+            there = self._renamed(entry)
+            parent, name = self._root.place(path)
         if there is not None and stat.S_ISDIR(there.st_mode):
             self._directories.append((entry, self._known.differs(entry), _inode(there)))
             self._sweep(path)
@@ -135,6 +144,9 @@ class Apply:
     def _other(self, entry: Entry) -> None:
         parent, name = self._root.place(entry.path)
         there = self._root.stat_in(parent, name)
+        if there is None:
+            there = self._renamed(entry)
+            parent, name = self._root.place(entry.path)
         first = self._first.get(entry.same_as) if entry.same_as is not None else None
         if first is not None and entry.same_as is not None:
             if there is None or _inode(there) != first:
@@ -143,7 +155,7 @@ class Apply:
         owner = self._owner(entry, there)
         if (
             there is not None
-            and _may_stay(there, entry, owner)
+            and self._may_stay(there, entry, owner)
             and self._in_place(entry, parent, name, owner)
         ):
             return
@@ -172,6 +184,43 @@ class Apply:
             raise
         finally:
             os.close(fd)
+
+    def _renamed(self, entry: Entry) -> os.stat_result | None:
+        """Rename what the directory has under an old path to the path of *entry*; return its attributes.
+
+        None if that is not wanted, or not possible. Then it must be copied.
+        """
+        source = self._known.source(entry.path)
+        if source is None or not self._known.keeps_owner(entry.path):
+            return None
+        if not stat.S_ISDIR(entry.mode) and _gains(entry):
+            return None
+        parent, name = self._root.place(entry.path)
+        parent = os.dup(parent)
+        try:
+            old_parent, old_name = self._root.place(source)
+            there = self._root.stat_in(old_parent, old_name)
+            if there is None or stat.S_IFMT(there.st_mode) != stat.S_IFMT(entry.mode):
+                return None
+            files.rename(old_parent, old_name, parent, name, files.RENAME_NOREPLACE)
+            self._root.forget(source)
+            return self._root.stat_in(parent, name)
+        except OSError:
+            return None
+        finally:
+            os.close(parent)
+
+    def _may_stay(self, info: os.stat_result, entry: Entry, owner: tuple[int, int]) -> bool:
+        """Whether the existing file may stay if its content is right, or can be written to it.
+
+        A process that has it open or mapped can still change it. So the file must not get another owner,
+        set-ID bits or capabilities. One that was renamed stays, because nobody here can make another.
+        """
+        if (info.st_uid, info.st_gid) != owner or _gains(entry):
+            return False
+        if self._known.source(entry.path) is not None:
+            return stat.S_IFMT(info.st_mode) == stat.S_IFMT(entry.mode)
+        return stat.S_ISREG(info.st_mode) and info.st_nlink == 1
 
     def _made(self, entry: Entry, parent: int, name: bytes, since: int) -> int:
         """Create a file with a temporary name; return its descriptor."""
@@ -217,7 +266,7 @@ class Apply:
         fd = self._root.enter(parent, name, os.O_PATH)
         try:
             info = os.fstat(fd)
-            if not _may_stay(info, entry, owner):
+            if not self._may_stay(info, entry, owner):
                 return False
             if not is_same(fd, info, entry.node):
                 if not stat.S_ISREG(entry.mode) or not self._known.keeps_owner(entry.path):
@@ -374,13 +423,6 @@ def _fixed_acls(there: dict[bytes, bytes]) -> set[bytes]:
     return {name for name in (ACCESS, DEFAULT) if name in there and has_unknown(there[name])}
 
 
-def _may_stay(info: os.stat_result, entry: Entry, owner: tuple[int, int]) -> bool:
-    """Whether the existing file may stay if its content is right.
-
-    A process that has it open or mapped can still change it. So the file must not get another owner, set-ID
-    bits or capabilities.
-    """
-    if (info.st_uid, info.st_gid) != owner or info.st_nlink != 1:
-        return False
-    gains = entry.mode & (stat.S_ISUID | stat.S_ISGID) or entry.xattrs.get(CAPABILITY) is not None
-    return stat.S_ISREG(info.st_mode) and not gains
+def _gains(entry: Entry) -> bool:
+    """Whether who executes a file gains rights."""
+    return bool(entry.mode & (stat.S_ISUID | stat.S_ISGID)) or entry.xattrs.get(CAPABILITY) is not None

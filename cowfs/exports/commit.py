@@ -31,8 +31,9 @@ from cowfs.exports.apply import Apply
 from cowfs.exports.apply_root import Root
 from cowfs.exports.entries import Entry, Tick, Withheld, copy, data_runs, feed, opened, target_of
 from cowfs.exports.losses import Losses
-from cowfs.exports.meanwhile import Facts, changed, facts_of
+from cowfs.exports.meanwhile import Facts, changed, facts_of, renamed
 from cowfs.exports.plan import Item, Plan
+from cowfs.exports.renames import Renames
 from cowfs.layers import beneath
 from cowfs.layers.base import File
 from cowfs.layers.kernel_file import KernelFile
@@ -183,8 +184,11 @@ class Stage:
             {"root": os.path.abspath(root), "dev": info.st_dev, "ino": info.st_ino, "fsid": _fsid(root)}
         )
         told = {change.path: change for change in changes}
-        sink = _Sink(self, before, told, losses, tick, keeps_acls=keeps_acls)
+        renames = Renames(items, before, after, told)
+        sink = _Sink(self, before, told, renames, losses, tick, keeps_acls=keeps_acls)
         feed(items.items(), after, sink, losses, tick, None, withheld)
+        for path, source in renames.gone():
+            sink.gone(path, source)
 
     def note(self, line: dict[str, Any]) -> None:
         self._lines.append({"tree": len(self._trees) - 1, **line})
@@ -228,12 +232,14 @@ class _Sink:
         stage: Stage,
         before: Tree,
         told: dict[bytes, Change],
+        renames: Renames,
         losses: Losses,
         tick: Tick,
         *,
         keeps_acls: bool,
     ) -> None:
         self._stage = stage
+        self._renames = renames
         self._keeps_acls = keeps_acls
         self._before = before
         self._told = told
@@ -243,8 +249,15 @@ class _Sink:
     def whiteout(self, path: bytes) -> None:
         self._stage.note({"path": _text(path), "was": self._was(path)})
 
+    def gone(self, path: bytes, source: bytes) -> None:
+        """Note that *path*, which was at *source*, must not come along when a directory is renamed."""
+        was = facts_of(self._before, source, stays=False)
+        facts = {_text(path + each[len(source) :]): facts for each, facts in was}
+        self._stage.note({"path": _text(path), "was": facts})
+
     def add(self, entry: Entry) -> None:
         attr, change = entry.node.attr, self._told.get(entry.path)
+        source = self._renames.source(entry.path)
         line: dict[str, Any] = {
             "path": _text(entry.path), "mode": entry.mode, "uid": attr.st_uid, "gid": attr.st_gid,
             "rdev": attr.st_rdev, "size": attr.st_size, "mtime": entry.mtime_ns,
@@ -253,6 +266,12 @@ class _Sink:
             "what": _what(change), "keeps_acls": self._keeps_acls,
             "was": self._was(entry.path, stays=stat.S_ISDIR(entry.mode)),
         }  # fmt: skip
+        if source is not None:
+            line["source"] = _text(source)
+            line["what"] = self._renames.what(entry.path)
+        old_path = self._renames.old_path(entry.path)
+        if old_path is not None:
+            line["was"] |= {_text(entry.path): facts for _, facts in renamed(self._before, old_path)}
         if stat.S_ISLNK(attr.st_mode):
             line["target"] = _text(target_of(entry))
         elif stat.S_ISREG(attr.st_mode) and entry.same_as is None:
@@ -329,6 +348,10 @@ class _Staged:
 
     def keeps_acls(self, path: bytes) -> bool:
         return bool(self.lines[path].get("keeps_acls", False))
+
+    def source(self, path: bytes) -> bytes | None:
+        source = self.lines[path].get("source")
+        return None if source is None else _bytes(source)
 
     def _open(self, name: str) -> File:
         return KernelFile(os.open(os.path.join(self.files, name), os.O_RDONLY | os.O_CLOEXEC))

@@ -48,6 +48,9 @@ class _All:
     def keeps_acls(self, _: bytes) -> bool:
         return False
 
+    def source(self, _: bytes) -> bytes | None:
+        return None
+
 
 def keep(items: Plan, after: Tree, root: Root, named: str, directory: str, tick: Tick) -> Losses:
     """Make *directory*, with all that these changes replace in *root*; return what it cannot hold. Blocks.

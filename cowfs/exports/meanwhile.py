@@ -21,6 +21,8 @@ from cowfs.layers.kernel_file import KernelFile
 
 Facts = tuple[int, int, int, int, int]
 """Mode, size, mtime and ctime in ns, and number of links."""
+_ANY = -1
+"""The ctime of what the commit itself may rename."""
 
 
 def facts_of(before: Tree, top: bytes, *, stays: bool) -> Iterator[tuple[bytes, Facts]]:
@@ -38,6 +40,12 @@ def facts_of(before: Tree, top: bytes, *, stays: bool) -> Iterator[tuple[bytes, 
         yield path, (attr.st_mode, attr.st_size, attr.st_mtime_ns, attr.st_ctime_ns, attr.st_nlink)
         if node.is_dir and not stays:
             waiting += [join(path, name) for name in before.names(path)]
+
+
+def renamed(before: Tree, path: bytes) -> Iterator[tuple[bytes, Facts]]:
+    """Yield the facts of *path* as they stay if it is renamed, which changes the ctime. Blocks; OSError."""
+    for each, (mode, size, mtime, _, nlink) in facts_of(before, path, stays=True):
+        yield each, (mode, size, mtime, _ANY, nlink)
 
 
 def changed(root: Root, top: bytes, was: dict[bytes, Facts], to_be: Node | None) -> Iterator[bytes]:
@@ -81,8 +89,9 @@ def _is_old(info: os.stat_result, was: Facts | None) -> bool:
         return False
     if stat.S_ISDIR(info.st_mode) or info.st_ctime_ns == was[3]:
         return True
-    # The commit may have replaced another of its names, which changes its ctime.
-    return info.st_nlink < was[4] and (info.st_mode, info.st_size, info.st_mtime_ns) == was[:3]
+    # The commit may have renamed it, or replaced another of its names, which changes its ctime.
+    may_differ = was[3] == _ANY or info.st_nlink < was[4]
+    return may_differ and (info.st_mode, info.st_size, info.st_mtime_ns) == was[:3]
 
 
 def _is_torn(fd: int, info: os.stat_result, node: Node) -> bool:

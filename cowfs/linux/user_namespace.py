@@ -74,6 +74,11 @@ def overflow(kind: str) -> int:
         return _OVERFLOW
 
 
+def nobody() -> tuple[int, int]:
+    """Return the user and the group that stat(2) shows for those that have no number here."""
+    return overflow("uid"), overflow("gid")
+
+
 def ranges(kind: str) -> list[Range]:
     """Return the users, or groups, that this process's user namespace maps; *kind* is ``uid`` or ``gid``."""
     lines = Path(f"/proc/self/{kind}_map").read_text(encoding="ascii").splitlines()
@@ -91,11 +96,13 @@ def has_one_user() -> bool:
 
 
 def lacks(user: int, group: int) -> bool:
-    """Whether an owner that stat(2) returned is not mapped in this user namespace."""
+    """Whether an owner that stat(2) returned may have no number in this user namespace.
+
+    The number that it shows then may also be that of somebody here, if there is a large range in
+    /etc/subuid: nobody can tell.
+    """
     return any(
-        number == overflow(kind)
-        and not any(first <= number < first + count for first, _, count in ranges(kind))
-        for kind, number in (("uid", user), ("gid", group))
+        number == overflow(kind) and not has_all(kind) for kind, number in (("uid", user), ("gid", group))
     )
 
 

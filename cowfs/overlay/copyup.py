@@ -231,7 +231,9 @@ def needs_data(fs: OverlayFs, node: Node, attr: Attr) -> bool:
         return False
     if not fs.options.metacopy or fs.in_module(node):
         return True
-    return attr.st_size < (1 if fs.data_waits(node) else fs.options.metacopy_from)
+    nobody = fs.options.nobody
+    is_nobodys = nobody is not None and (attr.st_uid == nobody[0] or attr.st_gid == nobody[1])
+    return attr.st_size < (1 if is_nobodys or fs.data_waits(node) else fs.options.metacopy_from)
 
 
 def link_alias(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:

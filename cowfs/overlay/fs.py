@@ -42,6 +42,10 @@ class OverlayOptions:
     metacopy_from: int = 65536
     """Files of at least this many bytes are copied up without their data when only attributes change; if
     that may wait for others, all that have any."""
+    nobody: tuple[int, int] | None = None
+    """The user and the group that files show whose owner has no number in this user namespace, if some may.
+    All files of theirs that have data are copied up without it, so that a renamed one keeps its redirect:
+    only the lower knows its owner."""
     lazy_from: int = 64 << 20
     """Files of at least this many bytes are copied up after they were opened to be written to, bit by bit,
     where the holes of the upper's files can be filled."""

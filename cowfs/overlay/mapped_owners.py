@@ -36,12 +36,12 @@ class Translation:
         """*number* is :func:`~cowfs.linux.user_namespace.number_in` or ``number_outside``."""
         self.user: Callable[[int], int | None] = lambda user: number(user, owners.users)
         self.group: Callable[[int], int | None] = lambda group: number(group, owners.groups)
-        self._nobody = user_namespace.overflow("uid"), user_namespace.overflow("gid")
+        self.nobody = user_namespace.nobody()
 
     def owner(self, user: int, group: int) -> tuple[int, int]:
         """Return the user and the group there; nobody for one that has no number there."""
         new = self.user(user), self.group(group)
-        return self._nobody[0] if new[0] is None else new[0], self._nobody[1] if new[1] is None else new[1]
+        return self.nobody[0] if new[0] is None else new[0], self.nobody[1] if new[1] is None else new[1]
 
     def attr(self, attr: Attr) -> Attr:
         """Return the same attributes, with the owner there."""

@@ -257,16 +257,26 @@ def test_a_commit_that_finds_no_room_is_completed_when_there_is_some(nobody_path
     try:
         (root / "log").write_text("old\n")
         (root / "sub").mkdir()
-        for path in (root / "log", root / "sub"):
+        theirs = [root / "sub/theirs", root / "sub/theirs/big"]
+        theirs[0].mkdir()
+        for name in ("big", "mine", "gone"):
+            (theirs[0] / name).write_text("old\n")
+        for path in (root / "log", root / "sub", theirs[0] / "mine"):
             os.chown(path, 65534, 65534)
-        change = "yes | head -c 500000 >log; yes no | head -c 50000 >sub/new"
+        for path in theirs:
+            os.chown(path, 65534, 4)
+        inodes = [path.stat().st_ino for path in theirs]
+        change = """
+        yes | head -c 500000 >log; cd sub; yes no | head -c 50000 >new
+        mv theirs its; rm its/gone; yes | head -c 500000 >its/big; echo new >its/mine
+        """
         command = ("run", "--commit", root, mountpoint, "--", "sh", "-euc")
         done = cowfs(*command, f"cd {mountpoint}; {change}", nobody=True, env=env)
         assert done.returncode == FAILED
         assert "/log: No space left on device\n" in done.stderr, done.stderr
         assert "the next `cowfs run` completes the commit" in done.stderr
         assert set((root / "log").read_bytes()) <= set(b"y\n\0")
-        run("mount", "-o", "remount,size=2m", root)
+        run("mount", "-o", "remount,size=768k", root)
         torn = (root / "log").read_bytes()
         (root / "log").write_bytes(b"mine" + torn[4:])
         done = cowfs(*command, "true", nobody=True, env=env)
@@ -274,9 +284,17 @@ def test_a_commit_that_finds_no_room_is_completed_when_there_is_some(nobody_path
         assert (done.returncode, (root / "sub/new").exists()) == (2, False)
         (root / "log").write_bytes(torn)
         done = cowfs(*command, "true", nobody=True, env=env)
+        assert "cannot be completed: /sub/its/big: No space left on device" in done.stderr, done.stderr
+        run("mount", "-o", "remount,size=3m", root)
+        done = cowfs(*command, "true", nobody=True, env=env)
         assert f"a commit to {root} that was interrupted has been completed" in done.stderr, done.stderr
         assert (root / "log").read_bytes() == b"y\n" * 250000
         assert (root / "sub/new").stat().st_size == 50000
+        its = root / "sub/its"
+        found = [path.stat() for path in (its, its / "big")]
+        assert [(info.st_gid, info.st_ino) for info in found] == [(4, inode) for inode in inodes]
+        assert sorted(os.listdir(its)) == ["big", "mine"] and not theirs[0].exists()
+        assert ((its / "mine").read_text(), (its / "big").read_bytes()) == ("new\n", b"y\n" * 250000)
         assert not any(is_left_behind(name) for name in (*os.listdir(root), *os.listdir(root / "sub")))
     finally:
         run("umount", root)

@@ -42,6 +42,9 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     (own / "old/in").write_text("1\n")
     for path in (own / "old", own / "old/in"):
         os.chown(path, 65534, 4)
+    for name, owner in (("small", (65534, 4)), ("roots", (0, 0))):
+        (own / name).write_text("1\n")
+        os.chown(own / name, *owner)
     with_acls = [own / "group", root / "log"]
     (own / "open").write_text("to 7\n")
     os.chown(own / "open", 65534, 65534)
@@ -49,7 +52,8 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     acls = [of_others(path) for path in with_acls]
     script = """
     cd own; mkdir d; echo 2 >d/new; ln ../other/two .; echo 2 >>group; chmod 600 group; echo 2 >>../log
-    echo 2 >>first; setfacl -b open; id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
+    echo 2 >>first; mv small renamed-small; mv roots renamed-roots; setfacl -b open
+    id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
     """
     run("cp", "-a", root, nobody_path / "before")
     with with_programs(root):
@@ -76,15 +80,17 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         cowfs("apply", "--trust", kept, copied, check=True)
         owners = {
             name: (copied / name).stat()
-            for name in ("new", "log", "own/d/new", "own/group", "own/renamed/in")
+            for name in ("new", "log", "own/d/new", "own/group", "own/renamed/in", "own/renamed-small")
         }
         assert [(info.st_uid, info.st_gid) for info in owners.values()] == [
-            (65534, 65534), (65534, 0), (65534, 65534), (65534, 4), (65534, 4),
+            (65534, 65534), (65534, 0), (65534, 65534), (65534, 4), (65534, 4), (65534, 4),
         ]  # fmt: skip
         assert of_others(copied / "log") == acls[1]
         done = cowfs(*command, script, nobody=True, env=env)
     assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
     assert (own / "d/new").stat().st_uid == 65534
+    renamed = [(own / name).stat() for name in ("renamed-small", "renamed-roots")]
+    assert [(info.st_uid, info.st_gid) for info in renamed] == [(65534, 4), (0, 0)]
     with with_programs(root):  # a store in a directory can have no such ACL
         in_directory = ("run", "--store", nobody_path / "directory", *command[1:])
         done = cowfs(*in_directory, "echo 3 >>own/group", nobody=True, env=env)
@@ -99,6 +105,35 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     info = (own / "group").stat()
     assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
     assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n3\n", "1\n2\n"]
+
+
+@pytest.mark.usefixtures("many")
+def test_with_subordinate_users_the_owners_of_others_stay(nobody_path: Path) -> None:
+    """One of them has the number in the namespace that the kernel also shows for owners without a number."""
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    root, kept, copied = made(nobody_path / "root"), nobody_path / "kept", nobody_path / "copied"
+    own = root / "own"
+    own.mkdir()
+    for name, owner in {"log": (65534, 4), "group": (65534, 4), "roots": (0, 0), ".": (65534, 65534)}.items():
+        if name != ".":
+            (own / name).write_text("1\n")
+        os.chown(own / name, *owner)
+    run("cp", "-a", root, copied)
+    script = "cd own; echo 2 >>log; mv group g; mv roots r; echo 3 >new; chown 65534:7 new"
+    with with_programs(root):
+        for where in (("--keep", kept), ("--commit",)):
+            command = ("run", "--root", root, *where, "--", "sh", "-euc", script)
+            done = cowfs(*command, nobody=True, env={"XDG_STATE_HOME": str(nobody_path)})
+            assert done.returncode == 0, done.stderr
+            if kept in where:
+                cowfs("apply", "--trust", kept, copied, check=True)
+    for top in (root, copied):
+        found = {name: (top / "own" / name).stat() for name in ("log", "g", "r", "new")}
+        assert {name: (info.st_uid, info.st_gid) for name, info in found.items()} == {
+            "log": (65534, 4), "g": (65534, 4), "r": (0, 0), "new": (165533, 100006),
+        }  # fmt: skip
+        assert (top / "own/log").read_text() == "1\n2\n"
 
 
 def of_others(path: Path) -> list[str]:
