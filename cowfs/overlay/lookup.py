@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from contextlib import suppress
 
 from cowfs.layers.base import Key
 from cowfs.overlay import partial
@@ -232,6 +233,9 @@ def _enter(
     if known is not None and known in fs.covered:  # it keeps its number as long as it is in use
         ino = fs.strange_ino(-3, attr.st_dev, attr.st_ino)
         known = fs.nodes.get(ino)
+    if known is not None and known.dead and upper is not None and _is_back(known, attr):
+        known.dead = False
+        return _another_name(fs, known, parent, name, upper, lowers, attr)
     if known is not None and not known.dead:
         if _same(fs, known, upper, lowers, attr):
             return _another_name(fs, known, parent, name, upper, lowers, attr)
@@ -253,6 +257,20 @@ def _enter(
     node = Node(ino, attr.st_mode, parent, name, upper, lowers, fs.generation_of(ino, attr))
     fs.nodes.add(node)
     return node, attr
+
+
+def _is_back(known: Node, attr: Attr) -> bool:
+    """Whether an open file that had lost its last name has one again, because a revert was undone.
+
+    Another node, with another generation, would make calls with its descriptors fail (EIO).
+    """
+    if known.is_dir or known.upper is None or stat.S_IFMT(known.mode) != stat.S_IFMT(attr.st_mode):
+        return False
+    for handle in known.handles or ():  # its number cannot be that of a new file
+        with suppress(OSError):
+            there = handle.file.stat()
+            return (there.st_dev, there.st_ino) == (attr.st_dev, attr.st_ino)
+    return False
 
 
 def _same(fs: OverlayFs, known: Node, upper: Key | None, lowers: tuple[Place, ...], attr: Attr) -> bool:

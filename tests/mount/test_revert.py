@@ -234,6 +234,14 @@ def test_files_that_are_open(tmp_path: Path, kind: str) -> None:
                 assert not added.exists()
                 file.seek(0)
                 assert file.read() == "still here\n"
+                reverted(here.path, "--undo")
+                assert added.stat().st_ino == os.fstat(file.fileno()).st_ino
+                file.write("and back\n")
+                file.flush()
+                assert added.read_text() == "still here\nand back\n"
+                reverted(here.path, "--all")
+                file.seek(0)
+                assert file.read() == "still here\nand back\n"
             reader.seek(0)
             assert reader.read() == before == fstab.read_bytes()
             assert fstab.stat().st_ino == number == os.fstat(writer.fileno()).st_ino
