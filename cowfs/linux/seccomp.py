@@ -16,12 +16,12 @@ from functools import cache
 
 _REFUSED = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime create_module delete_module
-    fanotify_init finit_module get_kernel_syms init_module io_uring_setup ioperm iopl kcmp
-    kexec_file_load kexec_load keyctl lookup_dcookie migrate_pages modify_ldt move_pages nfsservctl
-    perf_event_open personality pidfd_getfd process_madvise process_vm_readv process_vm_writev
-    ptrace query_module quotactl quotactl_fd reboot request_key setdomainname sethostname setns
-    settimeofday stime swapoff swapon _sysctl sysfs syslog uselib userfaultfd ustat vhangup vm86
-    vm86old
+    fanotify_init finit_module get_kernel_syms init_module io_uring_setup ioperm iopl ioprio_set
+    kcmp kexec_file_load kexec_load keyctl lookup_dcookie migrate_pages modify_ldt move_pages
+    nfsservctl perf_event_open personality pidfd_getfd process_madvise process_vm_readv
+    process_vm_writev ptrace query_module quotactl quotactl_fd reboot request_key sched_setattr
+    sched_setparam setdomainname sethostname setns setpriority settimeofday stime swapoff swapon
+    _sysctl sysfs syslog uselib userfaultfd ustat vhangup vm86 vm86old
 """
 _RINGS = "io_uring_enter io_uring_register"
 """Also refused, unless the daemon has made rings before. ``ring.c`` restricts what those can do."""
@@ -36,7 +36,7 @@ _REFUSED_AT_LAST = """
 _ALLOW = 0x7FFF0000
 _EPERM = 0x00050000 | errno.EPERM
 _NOTHING = 0x00050000  # SCMP_ACT_ERRNO(0)
-_NOT_EQUAL, _GREATER = 1, 6  # SCMP_CMP_NE, SCMP_CMP_GT
+_NOT_EQUAL, _EQUAL, _GREATER = 1, 4, 6  # SCMP_CMP_NE, SCMP_CMP_EQ, SCMP_CMP_GT
 _UNKNOWN = -1  # __NR_SCMP_ERROR
 
 # include/uapi/linux/seccomp.h and prctl.h
@@ -164,6 +164,9 @@ def _compiled(refused: str, *, sockets: bool) -> bytes:
                 _refuse(library, context, "socket", _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0))
             for name in refused.split():
                 _refuse(library, context, name)
+            for policy in range(os.SCHED_OTHER + 1, os.SCHED_IDLE):  # what give_way.c does remains
+                _refuse(library, context, "sched_setscheduler", _Comparison(1, _EQUAL, policy, 0))
+            _refuse(library, context, "sched_setscheduler", _Comparison(1, _GREATER, os.SCHED_IDLE, 0))
             _check(library.seccomp_export_bpf(context, program.fileno()))
         finally:
             library.seccomp_release(context)

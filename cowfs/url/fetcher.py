@@ -16,6 +16,7 @@ import netrc
 import os
 import pwd
 import random
+import resource
 import select
 import signal
 import socket
@@ -296,6 +297,7 @@ def _give_up() -> None:
             os.setresuid(NOBODY, NOBODY, NOBODY)
     with suppress(OSError):
         os.chdir("/")
+    resource.setrlimit(resource.RLIMIT_NICE, (0, 0))  # root's daemon has raised it for its own threads
     _ctl(_PR_SET_NO_NEW_PRIVS, 1)
     with suppress(OSError):  # no libseccomp
         refuse_all_but_network()

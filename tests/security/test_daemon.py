@@ -317,3 +317,28 @@ def test_persist_goes_on_without_them(tmp_path: Path, lower: Path) -> None:
         look(here.path)
     with mounted(lower, tmp_path / "mnt", tmp_path / "kept") as here:
         look(here.path)
+
+
+_PRIORITY = """
+import os, sys
+from cowfs.linux import seccomp
+getattr(seccomp, sys.argv[1])()
+def attempt(call, *arguments):
+    try:
+        call(*arguments)
+        print("done")
+    except PermissionError:
+        print("refused")
+attempt(os.sched_setscheduler, 0, os.SCHED_IDLE, os.sched_param(0))
+attempt(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+for policy in (os.SCHED_FIFO, os.SCHED_RR, os.SCHED_BATCH):
+    attempt(os.sched_setscheduler, 0, policy, os.sched_param(policy != os.SCHED_BATCH))
+attempt(os.setpriority, os.PRIO_PROCESS, 0, 1)
+"""
+
+
+@pytest.mark.parametrize("filter_", ["refuse_needless_calls", "refuse_all_but_network"])
+def test_no_precedence_over_other_programs(filter_: str) -> None:
+    """Threads may step back for others, and return, and nothing else."""
+    done = run(sys.executable, "-c", _PRIORITY, filter_, cwd=project_root())
+    assert done.stdout.split() == ["done"] * 2 + ["refused"] * 4

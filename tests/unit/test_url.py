@@ -208,6 +208,8 @@ def test_roots_fetcher_is_nobody(server: FileServer) -> None:
         lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         assert set(lines["Uid"].split()) == set(lines["Gid"].split()) == {"65534"}
         assert not lines["Groups"].strip() and int(lines["CapEff"], 16) == 0 and lines["NoNewPrivs"] == "1"
+        limits = Path(f"/proc/{fetcher_of(file)}/limits").read_text()
+        assert "Max nice priority         0                    0 " in limits
 
 
 def refusal(url: str) -> str:
