@@ -188,6 +188,24 @@ def test_killed_anywhere(store: Path, lower: Path, tmp_path: Path, to: str, kill
     assert "converting" in ended
 
 
+def test_a_copy_whose_conversion_is_killed_at_its_end_is_used(
+    store: Path, lower: Path, tmp_path: Path
+) -> None:
+    """Unless the image knows its file, its unreplayed journal makes it a copy of a store in use."""
+    with mounted(lower, tmp_path / "m", store) as mount:
+        change(mount.path)
+    first = seen(lower, store, tmp_path / "m")
+    copy = tmp_path / "copy.bs"
+    run("cp", store, copy)
+    ends = calls(copy, "overlayfs", -1)
+    run("cp", "--remove-destination", store, tmp_path / "another.bs")
+    (tmp_path / "another.bs").replace(copy)
+    calls(copy, "overlayfs", ends)
+    if json.loads(cowfs("info", copy, "--json", check=True).stdout)["format"] == "converting":
+        converted(copy, "overlayfs")
+    assert seen(lower, copy, tmp_path / "m") == first
+
+
 _COUNTING = """
 import os, signal, sys
 from cowfs.layers.ext3 import Ext3Layer

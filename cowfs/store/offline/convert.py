@@ -85,7 +85,9 @@ def begin(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
     stack.callback(note_closed, fd, path)
     if superblock.state != "clean":
         tools.recover(fd, path, progress, "-f")
-    return open_layer(fd, path, stack)
+    layer = open_layer(fd, path, stack)
+    copy_detection.note(layer, fd)  # if it is interrupted, this is not taken for a copy of a store in use
+    return layer
 
 
 def _directory(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
