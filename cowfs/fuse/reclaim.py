@@ -37,10 +37,14 @@ class MemoryReclaimer:
     def __init__(self, fs: Overlay) -> None:
         self._fs = fs
         self._emptied = 0.0
+        self._trims_again = False
         self._pressure = _open_pressure()
 
     def look(self) -> None:
         """Return memory if it is time to. Call it every few seconds."""
+        if self._trims_again:  # the store has freed what was only in its journal
+            self._trims_again = False
+            _trim()
         nodes = self._fs.nodes
         if nodes.most - len(nodes) > max(_FEW, nodes.most // 2):
             self._give_back()
@@ -58,8 +62,8 @@ class MemoryReclaimer:
                 inner.shrink()
         fs.nodes.compact()
         gc.collect()
-        with suppress(AttributeError):  # a C library other than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        _trim()
+        self._trims_again = True
 
     def _is_short(self) -> bool:
         if self._pressure < 0:
@@ -69,6 +73,11 @@ class MemoryReclaimer:
         except OSError:  # the cgroup was removed
             return False
         return found is not None and float(found[1]) > _SHORT
+
+
+def _trim() -> None:
+    with suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _open_pressure() -> int:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import ext3
+from tests.support.mounts import eventually
 
-pytest.importorskip("cowfs.formats.ext3._engine", reason="needs the engine: libext2fs-dev to build it")
+engine = pytest.importorskip("cowfs.formats.ext3._engine", reason="needs the engine: libext2fs-dev to build it")
+ffi, lib = engine.ffi, engine.lib
 
 
 def test_a_cache_that_shrinks_at_any_time_loses_nothing(tmp_path: Path) -> None:
@@ -35,3 +37,21 @@ def test_a_cache_that_shrinks_at_any_time_loses_nothing(tmp_path: Path) -> None:
             assert found
             assert layer.getxattr(found[0], b"user.name") == name
         assert layer.caches()["ext3 metadata"][1] > misses, "it was read again"
+
+
+def test_blocks_that_only_the_journal_has_are_freed_soon(tmp_path: Path) -> None:
+    with ext3.opened(ext3.make(tmp_path / "image"), commit_seconds=0.02) as layer:
+        for number in range(300):
+            layer.create(layer.root, b"name-%d" % number, 0o600, 1, 2)[1].close()
+        layer.sync()
+        facts = ffi.new("struct x3_facts *")
+
+        def cached() -> int:
+            lib.x3_facts(layer.image.handle, facts)
+            return int(facts.cached)
+
+        before = cached()
+        assert before > 20, "there is something to free"
+        layer.shrink()
+        eventually(lambda: cached() < before // 4, f"most of {before} blocks are freed", 30)
+        assert layer.lookup(layer.root, b"name-299")

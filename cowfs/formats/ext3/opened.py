@@ -112,6 +112,7 @@ class Opened:
         self.resumed = 0
         """How often the image was suspended and resumed."""
         self._lost_told = False
+        self._shrinks = False
         out = ffi.new("x3_image **")
         cache_bytes = cache_bytes or (READER_CACHE_BYTES if read_only else CACHE_BYTES)
         code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
@@ -171,8 +172,19 @@ class Opened:
                 code = lib.x3_commit(self.handle)
                 if code < 0:
                     self._failure(code)  # logs it; the next change fails too
+            self._shrink_wholly()
             self._tell_stall()
             self.tell_lost()
+
+    def _shrink_wholly(self) -> None:
+        """If the caches were to be freed, write what the journal has to its place, and free that too. Blocks."""
+        if not self._shrinks or self._stop.is_set():
+            return
+        self._shrinks = False
+        code = lib.x3_checkpoint(self.handle)
+        if code < 0:
+            self._failure(code)
+        lib.x3_shrink(self.handle)
 
     # --- errors
 
@@ -245,8 +257,9 @@ class Opened:
         return Facts(**known, uuid=bytes(ffi.buffer(out.uuid)))
 
     def shrink(self) -> None:
-        """Free the caches."""
+        """Free the caches. The blocks that only the journal has on disk follow soon, in the committing thread."""
         lib.x3_shrink(self.handle)
+        self._shrinks = True
 
     def commit(self) -> None:
         """Write all changes so far to disk. Blocks."""
