@@ -32,12 +32,13 @@ VIEW_FSTYPE = "fuse.cowfs-store"
 def find_mount(path: str) -> MountInfo | None:
     """Return the cowfs mount whose mountpoint is *path*; None if there is none.
 
-    SystemFailure as :func:`cowfs.linux.files.absolute`.
+    SystemFailure as :func:`cowfs.linux.files.absolute`. Silent if the way leads through a mount of cowfs
+    whose daemon is stopped, or does not answer.
     """
     # Do not access the last component: it may be the root of a mount whose daemon is dead, or hangs.
     for _ in range(_MOST_LINKS):
         directory, name = os.path.split(absolute(path))
-        directory = os.path.realpath(directory)
+        directory = _real_path(directory)
         found = mount_of(os.path.join(directory, name))
         if found is not None:
             return found if found.fstype == FSTYPE else None
@@ -46,6 +47,54 @@ def find_mount(path: str) -> MountInfo | None:
         except OSError:
             break
     return None
+
+
+def _real_path(path: str) -> str:
+    """Do os.path.realpath(), but raise Silent instead of waiting for a daemon of cowfs."""
+    ours = {mount.mountpoint: mount.dev for mount in mountinfo() if mount.fstype == FSTYPE}
+    if not ours:
+        return os.path.realpath(path)
+    place, names, links = "/", path.split("/")[::-1], 0
+    while names:
+        name = names.pop()
+        if name in {"", "."}:
+            continue
+        if name == "..":
+            place = os.path.dirname(place)
+            continue
+        place = os.path.join(place, name)
+        dev = ours.get(os.fsencode(place))
+        if dev is not None:
+            _require_answer(dev)
+            continue
+        try:
+            target = os.readlink(place)
+        except OSError:  # no link
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return os.path.realpath(path)
+        names += target.split("/")[::-1]
+        place = "/" if target.startswith("/") else os.path.dirname(place)
+    return place
+
+
+def require_answers(paths: Iterable[str]) -> None:
+    """Silent if one of the paths leads to or through a mount of cowfs whose daemon is stopped, or does not
+    answer: whoever touches it waits.
+    """
+    for path in paths:
+        _real_path(absolute(path))
+
+
+def _require_answer(dev: str) -> None:
+    """Silent if the daemon of the mount ``major:minor`` does not answer, as far as this user may ask it."""
+    try:
+        facts_of(dev)
+    except Silent:
+        raise
+    except MountFailure:  # it is dead, or another user's: then nobody waits, or nobody knows
+        return
 
 
 def mount_above(path: str) -> tuple[str, str] | None:
@@ -57,7 +106,7 @@ def mount_above(path: str) -> tuple[str, str] | None:
     if find_mount(path) is not None:
         return path, ""
     directory, name = os.path.split(os.path.abspath(path))
-    place, way = os.path.realpath(directory), name
+    place, way = _real_path(directory), name
     while True:
         if find_mount(place) is not None:
             return place, way
@@ -163,9 +212,15 @@ def ask(
 
 
 def must_take_requests(dev: str) -> None:
-    """MountFailure if the mount ``major:minor`` has no daemon any more, or one that this user may not ask."""
-    with _connected(dev, 60.0):
-        pass
+    """MountFailure if the mount ``major:minor`` has no daemon any more, or one that this user may not ask;
+    Silent if it is stopped.
+    """
+    with _connected(dev, 60.0) as (_, pid, place):
+        deadline = time.monotonic() + _STOPPED
+        while _is_stopped(pid):
+            if time.monotonic() > deadline:
+                raise _stopped(pid, place)
+            time.sleep(_STOPPED / 4)
 
 
 @contextmanager
@@ -263,8 +318,11 @@ class _Patient(io.RawIOBase):
             if not _is_stopped(self._pid):
                 runs = now
             elif now - runs >= _STOPPED:
-                why = f"the daemon (pid {self._pid}) is stopped"
-                raise Silent(f"{self._place}: {why}", f"kill -CONT {self._pid} continues it")
+                raise _stopped(self._pid, self._place)
+
+
+def _stopped(pid: int, place: str) -> Silent:
+    return Silent(f"{place}: the daemon (pid {pid}) is stopped", f"kill -CONT {pid} continues it")
 
 
 def _is_stopped(pid: int) -> bool:

@@ -46,10 +46,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Create the store."""
+    from cowfs.client import require_answers
     from cowfs.store.format.sizes import format_size, parse_size
     from cowfs.store.offline.create import create_on_device, create_store
 
     options.must_have_name(args.store)
+    require_answers([args.store])
     on_device = is_device(args.store)
     if args.size is None and not on_device:
         raise UsageError(f"{args.store}: no size given", "512 or 512M is 512 MiB")

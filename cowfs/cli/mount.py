@@ -17,6 +17,7 @@ from cowfs.cli.limits import LEAST_FILES, must_have_address_space, too_few_files
 from cowfs.cli.log import open_log, set_up_log
 from cowfs.cli.mount_daemon import serve
 from cowfs.cli.output import warn
+from cowfs.client import require_answers
 from cowfs.errors import MountFailure, StoreError, SystemFailure, UsageError
 from cowfs.linux.files import is_read_only_device
 from cowfs.linux.limits import take_all_descriptors
@@ -161,6 +162,8 @@ def start(
     _check_system()
     _raise_file_limit()
     must_have_address_space()
+    local = [path for path in (*union.lowers, union.store) if path != "memory" and not is_url(path)]
+    require_answers([where, *local])
     mountpoint = check_mountpoint(where)
     _check_permission(mountpoint, given)
     log = given.values.get("log")

@@ -10,7 +10,8 @@ import pytest
 from tests.support import ext3
 from tests.support.mounts import eventually
 
-engine = pytest.importorskip("cowfs.formats.ext3._engine", reason="needs the engine: libext2fs-dev to build it")
+_NEEDS = "needs the engine: libext2fs-dev to build it"
+engine = pytest.importorskip("cowfs.formats.ext3._engine", reason=_NEEDS)
 ffi, lib = engine.ffi, engine.lib
 
 

@@ -84,6 +84,21 @@ def stopped(here: Mounted) -> Iterator[int]:
         os.kill(pid, signal.SIGCONT)
 
 
+def _through(base: Path, at: Path) -> list[list[str]]:
+    """Commands that lead into a mount."""
+    (base / "link").symlink_to(at)
+    new, lower = str(base / "mnt"), str(base / "lower")
+    return [
+        ["blame", f"{at}/file"],
+        ["explain", f"{base}/link/directory/file"],
+        ["diff", str(at), "file"],
+        ["create", f"{at}/store", "16"],
+        ["mount", str(at), new],
+        ["mount", lower, str(at)],
+        ["mount", lower, new, "--store", f"{at}/store"],
+    ]
+
+
 @pytest.mark.parametrize("nobody", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_nobody_waits_for_a_stopped_daemon(base: Path, nobody: bool) -> None:
     """The message names the daemon and says how to continue it; afterwards everything works as before."""
@@ -103,6 +118,10 @@ def test_nobody_waits_for_a_stopped_daemon(base: Path, nobody: bool) -> None:
                 if command[0] == "umount":
                     assert "not unmounted" in done.stderr and "-l" in advice
                 assert is_mounted(here.path) and not new.exists()
+            through = _through(base, here.path)
+            for command in (through[1], through[-1]) if nobody else through:
+                done = cowfs(*command, nobody=nobody, timeout=20)
+                assert done.returncode == 32 and f"kill -CONT {pid}" in advised(done.stderr, here.path), done
         run(*(as_nobody_prefix() if nobody else []), "touch", here.path / "new")
         assert cowfs("diff", str(here.path), nobody=nobody).stdout == "A  new\n"
         assert not here.log.read_text()

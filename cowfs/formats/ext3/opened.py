@@ -177,7 +177,7 @@ class Opened:
             self.tell_lost()
 
     def _shrink_wholly(self) -> None:
-        """If the caches were to be freed, write what the journal has to its place, and free that too. Blocks."""
+        """After shrink(), write what the journal has to its place, and free that too. Blocks."""
         if not self._shrinks or self._stop.is_set():
             return
         self._shrinks = False
@@ -257,7 +257,7 @@ class Opened:
         return Facts(**known, uuid=bytes(ffi.buffer(out.uuid)))
 
     def shrink(self) -> None:
-        """Free the caches. The blocks that only the journal has on disk follow soon, in the committing thread."""
+        """Free the caches. The blocks that only the journal has follow soon, in the committing thread."""
         lib.x3_shrink(self.handle)
         self._shrinks = True
 
