@@ -20,7 +20,7 @@ from cowfs.errors import MountFailure, StoreError
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.overlay import freeze, incomplete
 from cowfs.overlay.fs import done_at_once
-from cowfs.overlay.node import Node
+from cowfs.overlay.node import Node, path_of
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.uncover import Stale
 from cowfs.store.format import checkpoints
@@ -198,7 +198,7 @@ def _must_not_be_lent(fs: Overlay) -> None:
 
 def _first_of(nodes: Iterable[Node]) -> str:
     """Return the first path and how many more there are, for a message; "" if there are none."""
-    paths = sorted({b"/" + freeze.path_of(node) for node in nodes})
+    paths = sorted({b"/" + path_of(node) for node in nodes})
     if not paths:
         return ""
     return escape(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

@@ -19,9 +19,9 @@ from cowfs.fuse import libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.beyond import COPY_IN
 from cowfs.fuse.libfuse import Message
-from cowfs.fuse.paths import join, path_of
+from cowfs.fuse.paths import join
 from cowfs.fuse.protocol import Opcode
-from cowfs.overlay.node import Node
+from cowfs.overlay.node import Node, path_of
 
 Seen = tuple[str, tuple[bytes, ...]]
 """An operation, and the paths that it is about."""

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from cowfs.fuse import libfuse
-from cowfs.fuse.paths import Place, path_of
+from cowfs.fuse.paths import Place
 from cowfs.jsontext import text
 from cowfs.linux.processes import Process
-from cowfs.overlay.node import Node
+from cowfs.overlay.node import Node, path_of
 from cowfs.store.format.records import MAKING, MOST_RECORDS, OPERATIONS, Records, pack
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ class NewAttributes:
     mtime_ns: int | None = None
     writer: Writer = Writer.PRIVILEGED
     is_touch: bool = False
-    """Whether the times are now, by who need not own the file (utime(2) with no times)."""
+    """Whether the times are set to now, which a caller who does not own the file may do (utime(2))."""
 
     @property
     def is_nothing(self) -> bool:
@@ -69,7 +69,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
             raise error(errno.EOPNOTSUPP, node.name)
         fs.upper.chmod(key, stat.S_IMODE(new.mode))
     elif new.uid is not None or new.gid is not None:
-        _take_set_id(fs, node, new.writer)
+        _clear_set_id(fs, node, new.writer)
     if new.atime_ns is not None or new.mtime_ns is not None:
         atime_ns, mtime_ns = new.atime_ns, new.mtime_ns
         if atime_ns is None or mtime_ns is None:
@@ -82,7 +82,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
     return attr
 
 
-def _take_set_id(fs: OverlayFs, node: Node, writer: Writer) -> None:
+def _clear_set_id(fs: OverlayFs, node: Node, writer: Writer) -> None:
     """Clear set-ID bits after a chown, which clears them for every caller.
 
     A file that has no name yet keeps them. A kernel's overlayfs above copies files up so: it sets the mode,

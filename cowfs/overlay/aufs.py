@@ -58,7 +58,7 @@ class AufsStore(NamedWhiteouts):
         self.upper = inner
         self.branch: Key = inner.root
         self.temporaries: Key = None
-        """The work directory, if known: its contents count only after they have left it."""
+        """The work directory, if known: its contents become visible only when they leave it."""
         self.fill_unit = 0  # a lazy copy-up needs notes
         self._base: Key = None
         self._hidden_directories: int | None = None

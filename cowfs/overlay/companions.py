@@ -24,7 +24,7 @@ class Companions:
         self._upper = upper
         self.place = place
         self.names: dict[bytes, int] = {}
-        """Which inode an entry of the index is."""
+        """The inode number of each entry of the index."""
         self._by_ino: dict[int, bytes] = {}
         entries = {entry.name for entry in upper.readdir(place)}
         for name in entries:
@@ -75,4 +75,4 @@ class Companions:
 
 
 NOT_HERE = {errno.EPERM, errno.EOPNOTSUPP}
-"""What setting an xattr on an inode that takes none fails with."""
+"""The errnos of setting an xattr on an inode that cannot have any."""

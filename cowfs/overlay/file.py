@@ -18,7 +18,7 @@ from cowfs.overlay.node import Node
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 _PASSED_ON = os.O_ACCMODE | _SYNCHRONOUS
 _SEEK_SECONDS = 0.005
-"""How long is searched for data or a hole: others wait."""
+"""How many seconds to search for data or a hole, because others wait."""
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 

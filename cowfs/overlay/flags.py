@@ -12,10 +12,10 @@ from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.node import Node
 
 _OF_ANYBODY = 0x380FF
-"""The flags that files of any filesystem may have (linux/fs.h); others tell how one keeps its files."""
+"""Flags that files of any filesystem may have (linux/fs.h); the others are specific to a filesystem."""
 
 _INHERITED = 0x180CF
-"""What a new inode has from its directory (EXT4_FL_INHERITED)."""
+"""Flags that a new inode inherits from its directory (EXT4_FL_INHERITED)."""
 _OF_DIRECTORIES = 0x30000
 
 

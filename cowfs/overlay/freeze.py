@@ -65,16 +65,6 @@ def unindex(fs: OverlayFs) -> None:
             rekey(fs, node)
 
 
-def path_of(node: Node) -> bytes:
-    """Return a path of a node from the root, without a leading slash."""
-    names: list[bytes] = []
-    above: Node | None = node
-    while above is not None and above.parent is not None:
-        names.append(above.name)
-        above = above.parent
-    return b"/".join(reversed(names))
-
-
 def must_be_still(fs: OverlayFs, *, with_pending: bool) -> None:
     """EBUSY while a file's data is being copied up, or a thread changes it; the caller retries soon.
 

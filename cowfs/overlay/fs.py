@@ -50,7 +50,7 @@ class OverlayOptions:
     """Files of at least this many bytes are copied up after they were opened to be written to, bit by bit,
     where the holes of the upper's files can be filled."""
     has_exact_holes: bool = False
-    """Whether the holes of the upper's files are what was never written, exactly: in an image."""
+    """Whether the holes of the upper's files are exactly the data that was never written, as in an image."""
     inline_up_to: int = 262144
     """Files of at most this many bytes are copied up within the request, without a thread, if their data
     waits for nobody."""
@@ -97,7 +97,7 @@ class Pending:
     path: bytes
     """Where its lower is, from the root of the lowers."""
     node: Node | None = None
-    """Whose it is, if it was looked up since the mount; not in use any more, maybe."""
+    """Its node, if it was looked up since the mount; it may no longer be in use."""
 
 
 class Rubbish(NamedTuple):
@@ -105,7 +105,7 @@ class Rubbish(NamedTuple):
 
     name: bytes
     node: Node | None
-    """Whose it was, if that is still in use."""
+    """Its node, if that is still in use."""
 
 
 class OverlayFs:
@@ -136,11 +136,11 @@ class OverlayFs:
         self.index = index
         self.format = XattrFormat(self.options.xattr_prefix)
         self.modules: list[LowerLayer] = []
-        """By their numbers, less those of the lowers: :mod:`~cowfs.overlay.modules`. Some may be gone."""
+        """The modules (:mod:`~cowfs.overlay.modules`), by number less that of the first; some may be gone."""
         self.loaded: tuple[int, ...] = ()
         """The numbers of those that are merged, topmost first."""
         self.covered: dict[Node, None] = {}
-        """What lost its name to a module, and is in use: those above first."""
+        """Nodes in use that lost their name to a module, parents first."""
         self.left: dict[int, set[Node]] = {}
         """Parts of removed modules that are still in use, by their numbers."""
         self.lay(lowers, frozen, beneath)
@@ -153,21 +153,21 @@ class OverlayFs:
         self.indexed: set[bytes] = set() if self.hard_links is None else self.hard_links.names
         self.companions: Companions | None = None
         self.stand_in: Callable[[Key], None] = lambda _: None
-        """Lets what takes no notes be of a kind that does, if the upper can do that."""
+        """Makes an inode that cannot hold notes one that can, if the upper supports that."""
         self.shared_whiteout: Key | None = None
         self.fill_unit = upper.fill_unit
-        """Of how many bytes are the holes of the upper's files that can be filled; 0: none can."""
+        """The unit, in bytes, of holes in the upper's files that can be filled; 0: none can."""
         self.notebook: Key | None = None
         """The inode of the upper that lists the incomplete files, if they must be listed."""
         self.pending: dict[int, Pending] = {}
         """These files, by the upper's inode numbers."""
         self.host = Host()
         self.trash: Callable[[], Key | None] = lambda: None
-        """Returns the directory of the upper that what was taken back is in …"""
+        """Returns the directory of the upper that holds reverted files …"""
         self.away: Counter[int] | None = None
         """… and how many names files have there, by the upper's inode numbers; None: not counted yet."""
         self.rubbish: list[Rubbish] = []
-        """What is to be removed from the work directory (:mod:`cowfs.overlay.whiteout`)."""
+        """Directories to remove from the work directory (:mod:`cowfs.overlay.whiteout`)."""
         self.unnamed: dict[Node, bytes] = {}
         """Files that have no name yet (O_TMPFILE), and the ones that they have in the work directory."""
         self.below: dict[Node, int | None] = {}
@@ -179,7 +179,7 @@ class OverlayFs:
         """Prepare the numbers of inodes and temporaries."""
         self._temporaries = count()
         self.exports = None not in self._generations
-        """Whether an inode's number and generation say for all times which one is meant (file handles)."""
+        """Whether an inode's number and generation identify it permanently (file handles)."""
         self._incarnations = count(1)
         self._strange: dict[tuple[int, int, int], int] = {}
         self._taken: dict[int, tuple[int, int, int]] = {}
@@ -193,7 +193,7 @@ class OverlayFs:
             all_lowers, self.format, beneath, frozen=frozen, bound=len(lowers), modules=self.loaded
         )
         self.lowers = self.stack.layers
-        """By the numbers that :data:`~cowfs.overlay.stack.Place` has; not in the order of the stack."""
+        """The layers by the numbers in :data:`~cowfs.overlay.stack.Place`; not in the order of the stack."""
         self._generations = [layer.generation for layer in (self.upper, *self.lowers)]
         devs = [self.upper.dev, *(layer.dev for layer in self.lowers)]
         self._filesystems = [devs.index(dev) for dev in devs]

@@ -16,9 +16,9 @@ class Writer(Enum):
     """A writer of a file, as far as set-ID bits are concerned (write(2))."""
 
     PRIVILEGED = 1
-    """Has CAP_FSETID: the bits stay."""
+    """The writer has CAP_FSETID: the bits stay."""
     MEMBER = 2
-    """Of the file's group: set-group-ID stays if the group may not execute the file."""
+    """The writer is in the file's group: set-group-ID stays if the group may not execute the file."""
     STRANGER = 3
 
 
@@ -60,11 +60,11 @@ class Handle:
         self.opener = opener
         """The writer that is assumed if the real one is unknown."""
         self.is_frozen = False
-        """Whether it was opened to be written to, and its inode is in a lower now: to be copied up first."""
+        """Whether it is open for writing, but its inode is in a lower now, and must be copied up first."""
         self.is_synchronous = False
         """Whether each write waits for the disk (O_SYNC, O_DSYNC)."""
         self.number = -1
-        """What those who keep handles by number call it."""
+        """Its number in a table of handles."""
         self.on_replace: Callable[[Handle, File], None] | None = None
         """Called after another file has taken the place of this one."""
         self._retired: list[tuple[File, Reader | None]] = []
@@ -111,4 +111,4 @@ class Handles(dict[Handle, None]):
     def __init__(self) -> None:
         super().__init__()
         self.reader: Reader | None = None
-        """What the next reader will share."""
+        """The reader that the next open file shares."""

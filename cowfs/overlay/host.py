@@ -17,7 +17,7 @@ class Host:
     make_room: Callable[[], bool] = lambda: False
     """Called when the upper is full; True: there is more room now, try again."""
     not_saved: Callable[[OSError], None] = lambda error: None
-    """Called when the upper could not put on disk what was written to it."""
+    """Called when the upper could not write data to the disk."""
     wants_rest: Callable[[], bool] = lambda: True
     """Whether partly copied files should be completed while nobody waits for them."""
 
@@ -26,8 +26,8 @@ class Host:
     rest_soon: Callable[[], None] = lambda: None
     """Called when there is one more of these files."""
     sweep_soon: Callable[[], None] | None = None
-    """Called when there is much rubbish, to let somebody call :func:`~cowfs.overlay.whiteout.sweep`; without
-    it that is done at once."""
+    """Called when there is much rubbish, to arrange a call of :func:`~cowfs.overlay.whiteout.sweep`; if None,
+    it is swept at once."""
 
     # --- what is in use
 
@@ -44,6 +44,6 @@ class Host:
     lent: Callable[[], list[Node]] = list
     """… and those that the kernel itself reads and writes, or may."""
     prune: Callable[[], None] = lambda: None
-    """Asks the kernel to forget what of that is not in use, which it tells later. Blocks."""
+    """Asks the kernel to forget those that are not in use; it reports later which it forgot. Blocks."""
     rolled_back: Callable[[], None] = lambda: None
     """Called after the whole tree has become another."""

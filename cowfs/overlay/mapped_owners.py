@@ -20,13 +20,9 @@ from cowfs.linux.user_namespace import IdMap, Range
 from cowfs.overlay.wrapped import WrappedLayer
 from cowfs.types import Attr, own_attr
 
-_OPTIONAL = (
-    "birth", "caches", "getflags", "image", "reopened", "resume", "setflags", "shrink", "suspend", "version",
-)  # fmt: skip
-"""What a layer may have besides, and does by itself."""
 ACLS = frozenset({acl.ACCESS, acl.DEFAULT})
 _IN_NO_ACL = (1 << 32) - 1
-"""Whom the kernel shows in an ACL for those without a number (posix_acl_to_xattr() in fs/posix_acl.c)."""
+"""The number that an ACL shows for a user without one (posix_acl_to_xattr() in fs/posix_acl.c)."""
 
 
 class Translation:
@@ -81,7 +77,7 @@ class MappedOwners(WrappedLayer):
     """The layer *inner*, with other owners."""
 
     def __init__(self, inner: LowerLayer, owners: Translation) -> None:
-        super().__init__(inner, _OPTIONAL)
+        super().__init__(inner)
         self._owners = owners
         self.readdir = inner.readdir
         self.names = inner.names

@@ -24,18 +24,13 @@ PREFIX = b".wh."
 META = b".wh..wh."
 OPAQUE_NAME = b".wh..wh..opq"
 BRANCH_NAMES = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph")
-"""What aufs has at the root of a writable branch."""
+"""Names that aufs creates at the root of a writable branch."""
 STYLES = ("overlayfs", "aufs", "oci")
 """How the whiteouts of a layer may be written."""
 _OPAQUE_MARKS = frozenset({TRUSTED + b"opaque", USER + b"opaque", b"user.fuseoverlayfs.opaque"})
-"""What opaque directories of a container's layers may have, which overlayfs and fuse-overlayfs write."""
+"""Attributes by which overlayfs and fuse-overlayfs mark opaque directories in a container's layers."""
 XATTRS = {"userxattr": USER, "trustedxattr": TRUSTED}
-"""Or as overlayfs writes them, with these attributes whatever the union's are."""
-
-_OPTIONAL = (
-    "birth", "caches", "getflags", "image", "reopened", "resume", "setflags", "shrink", "suspend", "version",
-)  # fmt: skip
-"""What a layer may have besides, and does by itself."""
+"""More styles: whiteouts as overlayfs writes them, with attributes of this prefix whatever the union uses."""
 
 
 class Whiteout:
@@ -60,9 +55,9 @@ class Reworded(WrappedLayer):
     """The layer *inner*, with its marks for whiteouts and the like translated to the union's."""
 
     def __init__(self, inner: LowerLayer) -> None:
-        super().__init__(inner, _OPTIONAL)
+        super().__init__(inner)
         self.format = XattrFormat(TRUSTED)
-        """The words of the union (:func:`use_format`)."""
+        """The attributes that the union uses (:func:`use_format`)."""
 
 
 class NamedWhiteouts(Reworded):
@@ -159,7 +154,7 @@ class NamedWhiteouts(Reworded):
         return found is not None
 
     def _is_mark(self, name: bytes) -> bool:
-        """Whether an attribute is none of the inode's own, but says something of the layers below."""
+        """Whether an attribute does not belong to the inode, but concerns the layers below."""
         return name in self.format.notes or (self.style == "oci" and name in _OPAQUE_MARKS)
 
     def _has_opaque_mark(self, key: Key) -> bool:

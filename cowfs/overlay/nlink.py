@@ -12,9 +12,9 @@ from cowfs.overlay.stack import Merging
 from cowfs.types import Attr, DirEntry
 
 _UNKNOWN = 1
-"""What filesystems say that do not count."""
+"""The link count of a directory on filesystems that do not count."""
 _MOST = 64 << 10
-"""Bytes of a lower directory (st_size) that is looked through for it."""
+"""A larger lower directory (st_size, in bytes) is not read for it."""
 
 
 def nlink(fs: OverlayFs, node: Node, attr: Attr) -> int:

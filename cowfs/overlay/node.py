@@ -79,7 +79,7 @@ class Node:
         self.upper = upper
         self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
         self.below = below
-        """What *lowers* says; for most files as one number (:func:`in_number`)."""
+        """The places that *lowers* returns; for most files packed into one number (:func:`in_number`)."""
         self.others: set[tuple[Node, bytes]] | None = None
         """The names of a hard link that are known besides this one."""
         self.lookups = 0
@@ -87,7 +87,7 @@ class Node:
         self.copying: Any = None  # the object on which the adapter makes others wait
         self.metacopy = False
         self.partial: Part | None = None
-        """How much of its data a metacopy has, if it is to have all of it; None for others."""
+        """How much of its data a partial file has in the upper; None for others."""
         self.protection: int | None = None  # see cowfs.overlay.protect; None: not looked for yet
         self.redirect: bytes | None = None
         self.added = 0  # how often a name was put into it, or is about to be
@@ -128,7 +128,7 @@ class NodeTable:
         self._by_ino: dict[int, Node] = {root.ino: root}
         self._modes: dict[int, int] = {}
         self.most = 0
-        """The most that there were before one was removed, since :meth:`compact`."""
+        """The largest number of nodes since :meth:`compact`, counted when one is removed."""
         self.many = sys.maxsize
         """With more nodes than this …"""
         self.too_many: Callable[[], None] = lambda: None
@@ -270,6 +270,16 @@ class NodeTable:
             if walk.parent is not None:
                 _leave(walk, walk.parent, walk.name)
             walk = walk.parent
+
+
+def path_of(node: Node) -> bytes:
+    """Return the path of a node from the root, without a leading slash: b"" is the root."""
+    names: list[bytes] = []
+    walk: Node | None = node
+    while walk is not None and walk.parent is not None:
+        names.append(walk.name)
+        walk = walk.parent
+    return b"/".join(reversed(names))
 
 
 def _stands_at(node: Node, parent: Node | None, name: bytes) -> bool:

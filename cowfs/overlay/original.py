@@ -26,10 +26,10 @@ class Original(NamedTuple):
     xattrs: Sequence[Xattr]
     origin: bytes
     index_name: bytes | None
-    """Where the inode is put in the index; None when it is no hard link, or there is no index."""
+    """The inode's name in the index; None if it is not a hard link, or there is no index."""
     protection: int = 0
     place: bytes = b""
-    """Which inode it is of those with its handle, if a layer knows that there may be others."""
+    """Tells inodes with the same handle apart, in a layer that may have several."""
 
 
 def read_original(fs: OverlayFs, node: Node, attr: Attr) -> Original:

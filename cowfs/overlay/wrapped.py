@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from cowfs.layers.base import Key, LowerLayer
+
+_OPTIONAL = (
+    "birth", "caches", "getflags", "image", "reopened", "resume", "setflags", "shrink", "suspend", "version",
+)  # fmt: skip
+"""Optional members of a layer, which the wrapped layer provides unchanged if it has them."""
 
 
 class WrappedLayer:
     """The base of layers that pass most calls on to *inner*. Its keys are those of *inner*."""
 
-    def __init__(self, inner: LowerLayer, optional: Iterable[str]) -> None:
-        """*optional* names what *inner* may have besides, and does by itself."""
+    def __init__(self, inner: LowerLayer) -> None:
         self.inner = inner
         self.name = inner.name
         self.root: Key = inner.root
@@ -24,7 +26,7 @@ class WrappedLayer:
         self.open = inner.open
         self.statfs = inner.statfs
         self.handle_ino = inner.handle_ino
-        for name in optional:
+        for name in _OPTIONAL:
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
 
