@@ -184,7 +184,7 @@ def blame(
 
 
 _AT_ONCE = 10_000
-"""So many histories are in memory: each takes some KiB."""
+"""The most histories in memory; each takes some KiB."""
 
 
 def histories(
@@ -426,7 +426,7 @@ class Done(NamedTuple):
     why_not: str
     kind: str
     size: int
-    """Bytes of the store that it has freed, if that is what it is for."""
+    """Bytes of the store that it freed, if that is its purpose."""
 
 
 def take_back(

@@ -164,7 +164,7 @@ class _Asking(Thread):
         self._end = end
         self.failure: Exception | None = None
         self.lent = ""
-        """What the kernel went on writing to by itself."""
+        """The files that the kernel itself continued to write."""
 
     def run(self) -> None:
         try:

@@ -127,7 +127,7 @@ def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, te
 
 
 _TOLD = 3
-"""So many uses are named."""
+"""The most uses that a message names."""
 
 
 def _must_not_be_used(what: str, dev: str) -> None:

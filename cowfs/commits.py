@@ -31,7 +31,7 @@ class Changed:
     """The lower, a directory."""
     store: str = "memory"
     at: bytes = b""
-    """What its paths begin with in messages."""
+    """The prefix of its paths in messages."""
     seen: int | None = None
     """When (ns) the lower was what the store's changes were made to, if that is longer ago."""
 

@@ -34,9 +34,9 @@ class Fault:
     """Seconds."""
     crashes: bool = False
     after: int = 0
-    """So many requests of these succeed first."""
+    """How many of these requests succeed first."""
     times: int | None = None
-    """So many fail then; None: all."""
+    """How many fail after that; None: all."""
     met: int = 0
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 _NAMED = 5
-"""So many stores in a store are named at most."""
+"""The most stores in a store that a message names."""
 
 
 class Lowers(NamedTuple):

@@ -49,7 +49,7 @@ class Rebased:
     kept: int = 0
     """How many names of the store stay, without directories."""
     told: list[Outcome] = field(default_factory=list)
-    """What does not stay, and the conflicts, which stay."""
+    """The changes that are dropped, and the conflicts, which are kept."""
     old: list[Identity] = field(default_factory=list)
     new: list[Identity] = field(default_factory=list)
 

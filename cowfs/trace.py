@@ -24,7 +24,7 @@ from cowfs.union import Union
 
 _LOGGER = "cowfs.debug"
 _MOST_BYTES = 80
-"""So much of a name or a value is shown."""
+"""The most bytes of a name or value that are logged."""
 
 _CHANGES = (
     *("create", "mkdir", "symlink", "mknod", "link", "unlink", "rmdir", "rename"),

@@ -138,11 +138,11 @@ class Atime(NamedTuple):
     """When reads of the store change the atime, as in mount(8); by default never."""
 
     files: bool = False
-    """Where that is older than the last change, or a day old (relatime)."""
+    """Whether reading a file updates an atime that is older than the last change or a day (relatime)."""
     directories: bool = False
-    """For directories as well."""
+    """The same for directories."""
     always: bool = False
-    """Whatever it is (strictatime)."""
+    """Whether every read updates it (strictatime)."""
 
 
 DATA_ONLY = "data-only:"

@@ -29,11 +29,11 @@ _COLOURS = {
 
 
 _MOST = 20_000
-"""So many areas are in memory at most: then the smaller half of the files becomes one area per directory."""
+"""The most areas in memory. Beyond that, the smaller half of the files becomes one area per directory."""
 
 
 _REST = b"/"
-"""What no file is called: the area of those that have none of their own."""
+"""The area of the files that have no area of their own: a name that no file can have."""
 
 
 @dataclass(slots=True)

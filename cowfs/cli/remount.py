@@ -12,7 +12,7 @@ from cowfs.errors import MountFailure
 from cowfs.linux import fuse, mounts
 
 _MAY_BE_SET = frozenset({"nosuid", "nodev", "noexec"})
-"""What the kernel alone does: the daemon need not know of it. mount(8) does not pass on the opposites."""
+"""Options that the kernel alone applies, without the daemon. mount(8) does not pass on their opposites."""
 
 
 def is_asked_for(given: list[str]) -> bool:

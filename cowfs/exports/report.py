@@ -83,9 +83,9 @@ class _Table:
         """Before and after, of each row; -1: none."""
         self.diff_of = array("i")
         self.who, self.details = array("I"), array("I")
-        """Of each row: numbers of words."""
+        """For each row, the numbers of its words."""
         self.compared = bytearray()
-        """Of each row whether it shows differences: 1."""
+        """For each row, 1 if it shows differences."""
         self._words = {"": 0}
         self._keys = array("q")
         self._order = array("I")

@@ -31,7 +31,7 @@ _FOLLOWS = {
     _MASK: (_OTHER,),
     _OTHER: (),
 }
-"""Which tag may come after which; beside users and groups of their own there must be a mask."""
+"""The order of the tags; an ACL with named users or groups must have a mask."""
 
 
 def parse(value: bytes) -> list[Entry]:

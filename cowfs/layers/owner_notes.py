@@ -47,7 +47,7 @@ _MAJORS, _MINORS = 1 << 12, 1 << 20
 """How many the kernel has (MINORBITS in linux/kdev_t.h)."""
 _PERMISSIONS = 0o777
 _SPECIAL = {stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK}
-"""What a regular file can stand for."""
+"""The types that a regular file can represent."""
 
 
 def parse(value: bytes, real: int) -> Note:

@@ -44,7 +44,7 @@ class Part:
         self.end = end
         """Up to this byte the lower shows through the holes of the upper; beyond it they are zeros."""
         self.unit = unit
-        """Bytes that the upper makes out of a hole at once."""
+        """The unit, in bytes, in which the upper fills a hole."""
         self.is_whole = False
         """Whether nothing of the lower shows any more: a hole is a hole."""
         self.is_wrong = False

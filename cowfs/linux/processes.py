@@ -133,7 +133,7 @@ def _cgroup(content: bytes) -> str:
 _CONTAINER = re.compile(
     r"(?:^|[-/:])([0-9a-f]{64})(?:\.scope)?$|^(?:lxc\.payload\.|machine-)([^/]+?)(?:\.scope)?$"
 )
-"""How Docker, Podman, CRI-O and containerd name the cgroup of a container, and LXC and systemd-nspawn."""
+"""Cgroups of containers, as Docker, Podman, CRI-O, containerd, LXC and systemd-nspawn name them."""
 
 
 def unit(cgroup: str) -> str:

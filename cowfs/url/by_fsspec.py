@@ -12,7 +12,7 @@ _MARKS = (
     *("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "modified", "modify"),
     *("generation", "VersionId", "version_id", "md5Hash", "content_md5", "checksum", "uid", "ino"),
 )
-"""What the filesystems of fsspec call what tells one state of a file from another."""
+"""The keys by which filesystems of fsspec tell one state of a file from another."""
 
 
 class FsspecFile:

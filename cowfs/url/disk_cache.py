@@ -34,7 +34,7 @@ _TABLE = 4096
 _SUM = 32
 _NONE = bytes(_SUM)
 _SUMS = 1024
-"""So many of them are read at once."""
+"""How many of them are read at once."""
 _END = ".blocks"
 _LOOK = 16 << 20
 """After this many bytes written the total size is checked."""

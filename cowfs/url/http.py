@@ -27,7 +27,7 @@ Login = Callable[[str], tuple[str, str] | None]
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MOST_REDIRECTS = 10
 _LATER = {408, 425, 429, 500, 502, 503, 504}
-"""Who answers so may answer otherwise soon."""
+"""Status codes after which a later request may succeed."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _LENGTH = re.compile(r"\d{1,18}")
 _WHOLE = re.compile(r"bytes \*/(\d{1,18})")
@@ -37,7 +37,7 @@ _LONGEST_WAIT = 60.0
 _SLOWEST = 120.0
 """Seconds in which all of an answer must have come."""
 _KEPT = "%/:?#[]@!$&'()*+,;=~"
-"""What stays as it is in a URL; what else is no letter, digit, - . or _ is written as %XX (RFC 3986)."""
+"""Characters that a URL keeps, besides letters, digits and -._; all others become %XX (RFC 3986)."""
 _DRAINED = 4096
 """An unwanted answer is read if it has at most this many bytes; otherwise the connection is closed."""
 

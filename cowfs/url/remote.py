@@ -17,7 +17,7 @@ from cowfs.url.waiting import WouldWait, must_not_wait
 BLOCK = 128 << 10
 """The size of a block, which is kept and checked as one."""
 _MEMORY, _MEMORY_BESIDE_DISK = 32 << 20, 8 << 20
-"""Bytes of one file that are kept in memory; fewer where the disk has them: the kernel keeps some of that."""
+"""Bytes of one file to keep in memory; fewer if the disk has them, as the kernel caches some of those."""
 _RUN = 8
 """How many blocks are requested at once, at most."""
 _AHEAD = 32

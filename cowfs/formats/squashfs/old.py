@@ -76,9 +76,9 @@ _LAYOUTS_1: dict[int, dict[str, int]] = {
     _CHAR: {"rdev": 16},
 }
 _TYPES_1 = 5
-"""So many types version 1 has, but for _IPC. The first again, and again, are those with further owners."""
+"""The number of types in version 1, except _IPC. Larger numbers are the same types with other owners."""
 _BANK = 16
-"""So many owners each of these has."""
+"""The number of owners for each of these types."""
 _TYPES = (*FORMATS, stat.S_IFDIR, stat.S_IFREG)
 """The S_IFMT bits of each type."""
 

@@ -36,7 +36,7 @@ OPERATIONS = (
 
 _BLOCK = 4096
 _DRAFT = 192 << 10
-"""Bytes that each of the two drafts has: more than any frame."""
+"""The size of each of the two drafts, in bytes: more than any frame."""
 _SMALLEST, _LARGEST = 1 << 20, 8 << 20
 """Bytes of the whole file."""
 _PART = 32
@@ -51,10 +51,10 @@ _DIGEST = 16
 _LARGEST_CONTENT = 1 << 20
 """Bytes of a batch, as JSON: a recorder begins another long before that."""
 MOST_RECORDS = 2000
-"""So many are in one batch, at most."""
+"""The most records in one batch."""
 _MOST_BATCHES = _LARGEST // _BLOCK
 _MOST_TEXT = 256 << 20
-"""Bytes that all batches have as JSON: thirty times as many as the largest file has itself."""
+"""The most bytes of all batches as JSON: thirty times the size of the largest file."""
 HINT = "mount with -o blame to begin a new one"
 
 

@@ -31,7 +31,7 @@ _MAGICS: tuple[tuple[int, bytes, str], ...] = (
     (4086, b"SWAPSPACE2", "a swap area"),
     (65_600, b"_BHRfS_M", "a btrfs filesystem"),
 )
-"""What a disk may hold; archives, programs and the like are known to *recognise*."""
+"""What a disk can contain. *recognise* knows archives, programs and similar files."""
 
 
 def may_be_store(path: str) -> bool:
