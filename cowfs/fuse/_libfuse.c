@@ -79,8 +79,7 @@ enum { HANDLE_KILLPRIV_V2 = 1 << 28, SETXATTR_EXT = 1 << 29 };
 static uint32_t in_answer;   /* flags to add to the reply to FUSE_INIT, if that is written next */
 static bool refuses_handles; /* name_to_handle_at(2) must not return handles that open_by_handle_at(2) accepts */
 
-/* Accept that requests say which set-ID bits the kernel wants cleared; false if libfuse knows the flag, and the kernel
- * does not offer it. */
+/* Accept that requests say which set-ID bits to clear; false if the kernel does not offer it to libfuse. */
 static bool accept_killpriv(const struct fuse_conn_info *conn)
 {
 	if (!KILLPRIV_V2)
@@ -497,12 +496,9 @@ int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry, cons
 static PyObject *prepare(PyObject *self, PyObject *args)
 {
 	PyObject *callable;
-	int passthrough;
-	(void)self;
-	int files;
-	int exports;
+	int files, passthrough, exports, shared;
 	unsigned long long most_held;
-	int shared;
+	(void)self;
 	if (!PyArg_ParseTuple(args, "IOpppKp", &wanted, &callable, &files, &passthrough, &exports, &most_held, &shared))
 		return NULL;
 	held_data_allow(most_held, shared);
