@@ -40,10 +40,8 @@
 #define HAS_WANT_EXT
 #endif
 
-/* The bit in a directory's handle number that lets the kernel cache the listing: libfuse.py has it too. */
+/* Bits in the handle numbers of directories: the kernel caches the listing; all have it. libfuse.py has them too. */
 #define KEPT (UINT64_C(1) << 62)
-
-/* The bit in the handle numbers of all directories. */
 #define LISTING (UINT64_C(1) << 61)
 
 /* The handle number of a file that the kernel opened without a request is its inode number with this bit. */

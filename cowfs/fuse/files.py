@@ -21,7 +21,6 @@ from cowfs.fuse.open_files import OpenFiles
 from cowfs.fuse.owners import OwnerMap
 from cowfs.fuse.quotas import Bounds
 from cowfs.layers.base import File
-from cowfs.layers.ext3_file import Ext3File
 from cowfs.layers.reopened import at_hand
 from cowfs.layers.slow import SlowFile
 from cowfs.layers.squashfs import SquashfsFile
@@ -296,6 +295,10 @@ class FileHandlers(NodeHandlers):
 
     @async_
     async def fsync(self, fh: int, datasync: bool) -> None:
+        ino = fh ^ libfuse.UNOPENED if fh & libfuse.UNOPENED else self._files[fh].node.ino
+        inode = libfuse.quick_to_sync(ino)
+        if inode and await self._loop.apart(lambda: libfuse.sync_quickly(inode, datasync=datasync)):
+            return
         uid = self._user(fh)
         if fh & libfuse.UNOPENED:
             node = self._node(fh ^ libfuse.UNOPENED)
@@ -312,9 +315,8 @@ class FileHandlers(NodeHandlers):
                     await self._synced(file, datasync)
 
     async def _synced(self, file: File, datasync: bool) -> None:
-        is_brief = isinstance(file, Ext3File) and file.is_little_to_sync()
         try:
-            await self._threads.do(lambda: file.fsync(datasync), is_brief=is_brief)
+            await self._threads.do(lambda: file.fsync(datasync))
         except OSError as failure:
             self._fs.host.not_saved(failure)
             raise

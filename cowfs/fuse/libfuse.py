@@ -264,8 +264,8 @@ def answer_no_capability() -> None:
 
 
 def serve_inodes(find: Callable[[int], int], engine: tuple[int, ...], atime: int) -> None:
-    """Let C serve GETATTR, SETATTR, READ, WRITE and RELEASE of simple inodes, until :func:`stop_inodes` or
-    :func:`prepare`.
+    """Let C serve GETATTR, SETATTR, READ, WRITE and RELEASE of simple inodes, until
+    :func:`stop_inodes` or :func:`prepare`.
 
     *find* returns the number of the inode in the store's image that has all of a node, negated if it may only
     be read; 0 if there is none.
@@ -281,6 +281,20 @@ def take_shortcuts(functions: object) -> None:
     :func:`stop_inodes`."""
     if _module is not None:
         _module.take_shortcuts(functions)
+
+
+def quick_to_sync(ino: int) -> int:
+    """Return the number in the image of an inode that C serves, if this thread may write it to disk; else 0.
+
+    It may if it is a ring's, no other request waits for it, and a switch between threads would take as long.
+    """
+    return int(_module.quick_to_sync(ino)) if _module is not None else 0
+
+
+def sync_quickly(inode: int, *, datasync: bool) -> bool:
+    """Write the inode with this number to disk; return whether that is done. Blocks, and others run
+    meanwhile: not for a coroutine that runs."""
+    return _module is not None and bool(_module.sync_quickly(inode, datasync))
 
 
 def stop_inodes() -> None:

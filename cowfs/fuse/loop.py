@@ -240,11 +240,16 @@ class RequestLoop:
         """Whether the caller can use :meth:`work`, which is shorter than stepping aside."""
         return self._rings is not None and self._rings.here() and self._rings.may_work()
 
-    def work(self, call: Callable[[], R], *, is_brief: bool = False) -> Awaitable[R]:
-        """Run a blocking call in a worker, and continue there, while others are served; or at once, if it
-        *is_brief* and nobody waits. Ask :meth:`may_work`."""
+    def work(self, call: Callable[[], R]) -> Awaitable[R]:
+        """Run a blocking call in a worker, and continue there, while others are served. Ask
+        :meth:`may_work`."""
         assert self._rings is not None
-        return self._rings.work(call, is_brief=is_brief)
+        return self._rings.work(call)
+
+    @staticmethod
+    def apart(call: Callable[[], R]) -> Awaitable[R]:
+        """Let a ring's thread make a call while the caller, whom it runs, is suspended."""
+        return Rings.apart(call)
 
     def tell(self, crowd: Crowd) -> None:
         """Let the waiters continue; any thread may call it."""

@@ -421,18 +421,6 @@ static PyObject *py_give_core(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-static PyObject *py_retake_core(PyObject *self, PyObject *args)
-{
-	(void)self, (void)args;
-	if (ring_mine && !ring_mine->locked) {
-		Py_BEGIN_ALLOW_THREADS
-		core_lock_take();
-		Py_END_ALLOW_THREADS
-		ring_mine->locked = true;
-	}
-	Py_RETURN_NONE;
-}
-
 /* Wait in the ring, not in poll(2): at unmount, the kernel waits until the completions are taken. */
 static void send_until_quit(struct ring *ring)
 {
@@ -474,12 +462,30 @@ static PyObject *py_finish(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+bool ring_is_quiet(void)
+{
+	if (ring_mine && !io_uring_cq_ready(&ring_mine->uring))
+		io_uring_get_events(&ring_mine->uring);
+	return ring_mine && !io_uring_cq_ready(&ring_mine->uring) && !core_lock_wanted();
+}
+
+PyThreadState *ring_step_out(void)
+{
+	give_core(ring_mine);
+	return PyEval_SaveThread();
+}
+
+void ring_step_in(PyThreadState *state)
+{
+	core_lock_take();
+	ring_mine->locked = true;
+	PyEval_RestoreThread(state);
+}
+
 static PyObject *py_quiet(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
-	if (ring_mine && !io_uring_cq_ready(&ring_mine->uring))
-		io_uring_get_events(&ring_mine->uring);
-	return PyBool_FromLong(ring_mine && !io_uring_cq_ready(&ring_mine->uring) && !core_lock_wanted());
+	return PyBool_FromLong(ring_is_quiet());
 }
 
 static PyObject *py_watch_pauses(PyObject *self, PyObject *callable)
@@ -502,7 +508,5 @@ PyMethodDef ring_methods[] = {
 	  "watch_pauses(call): set a function to call before a request that comes after a pause." },
 	{ "core_give", py_give_core, METH_NOARGS,
 	  "core_give(): release the core lock if this thread serves a ring and holds it." },
-	{ "core_retake", py_retake_core, METH_NOARGS,
-	  "core_retake(): take the core lock again after core_give(). Blocks." },
 	{ NULL, NULL, 0, NULL },
 };

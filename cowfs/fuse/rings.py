@@ -51,10 +51,6 @@ _SPARE = 4
 """How many coroutines are ready for requests before they are needed."""
 _WORKERS = 8
 """The most requests that workers handle at a time; others wait in trio."""
-_BRIEF = 0.0015
-"""Work that usually takes at most this many seconds is brief."""
-_LATEST = 1 / 8
-"""The weight of the latest such work in the moving average."""
 _NEVER = 1 << 30
 _NO_MEMORY = 0.01
 """Seconds until a request that failed for lack of memory is received again."""
@@ -78,12 +74,16 @@ class _Ready:
     """Yielded by a coroutine that waits for a request."""
 
 
+class _Apart(NamedTuple):
+    """Yielded by a coroutine that wants a call to be made in this thread, while it does not run."""
+
+    call: Callable[[], Any]
+
+
 class _Work(NamedTuple):
     """Yielded by a coroutine that waits for some work."""
 
     call: Callable[[], Any]
-    is_brief: bool
-    """Whether it has little to wait for, if the disk is quick."""
 
 
 @types.coroutine
@@ -97,7 +97,6 @@ class _Job(NamedTuple):
     coroutine: Coroutine[Any, Any, None]
     context: Context
     call: Callable[[], Any]
-    is_brief: bool
 
     def go_on(self, value: Any, failure: BaseException | None) -> object:
         """Give the coroutine the result of the work; return what it waits for next, None if it has ended."""
@@ -136,8 +135,6 @@ class Rings:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
         self._working = 0
-        self._usual = 2 * _BRIEF
-        """How many seconds work declared brief takes: a moving average."""
         self._all_done = trio.Event()
         self._token: trio.lowlevel.TrioToken
         self._nursery: trio.Nursery
@@ -230,13 +227,18 @@ class Rings:
         return True
 
     @staticmethod
-    async def work(call: Callable[[], R], *, is_brief: bool = False) -> R:
-        """Run *call* in a worker and return its result; :meth:`may_work` was true.
+    async def work(call: Callable[[], R]) -> R:
+        """Run *call* in a worker and return its result; :meth:`may_work` was true."""
+        return cast("R", await _pause(_Work(call)))
 
-        What *is_brief* runs in the ring's own thread if nobody else waits for that, and such calls have taken
-        little time of late: switching to another thread and back takes a fifth of a millisecond.
+    @staticmethod
+    async def apart(call: Callable[[], R]) -> R:
+        """Run *call*, which may let others run, in this ring's thread, and return its result.
+
+        A coroutine of pyfuse3 that has not been suspended does not hold what it awaits: another thread that
+        receives a request would free that.
         """
-        return cast("R", await _pause(_Work(call, is_brief)))
+        return cast("R", await _pause(_Apart(call)))
 
     def in_trio(self, call: Callable[[], object]) -> None:
         """Run *call* in trio's thread, soon."""
@@ -268,8 +270,8 @@ class Rings:
                 coroutine, context = self._spare.popleft(), copy_context()
                 try:
                     why = context.run(coroutine.send, None)
-                    while isinstance(why, _Work) and why.is_brief and self._may_stay():
-                        why = self._stay(_Job(coroutine, context, why.call, why.is_brief))
+                    while isinstance(why, _Apart):
+                        why = context.run(coroutine.send, why.call())
                 except StopIteration:
                     break  # the session has ended
                 except Exception as failure:
@@ -280,7 +282,7 @@ class Rings:
                 ring.ring_leave()
                 if isinstance(why, _Work):
                     self._working += 1
-                    self._jobs.put(_Job(coroutine, context, why.call, why.is_brief))
+                    self._jobs.put(_Job(coroutine, context, why.call))
                     if not self._spare:
                         self._token.run_sync_soon(self._make)
                 else:
@@ -294,36 +296,14 @@ class Rings:
             self._token.run_sync_soon(self._has_left)
             ring.ring_finish()
 
-    def _may_stay(self) -> bool:
-        """Whether brief work may run in a ring's thread."""
-        return self._usual < _BRIEF and bool(libfuse.ring.ring_quiet())
-
-    def _stay(self, job: _Job) -> object:
-        """Do some brief work in a ring's thread, and continue."""
-        self.hurry(False)
-        libfuse.ring.core_give()
-        value, failure = self._timed(job.call)
-        libfuse.ring.core_retake()
-        self.hurry(True)
-        if failure is not None:
-            return job.context.run(job.coroutine.throw, failure)
-        return job.context.run(job.coroutine.send, value)
-
-    def _timed(self, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """Do some brief work; note how long it took."""
-        begun = time.monotonic()
-        outcome = _outcome(call)
-        self._usual += (time.monotonic() - begun - self._usual) * _LATEST
-        return outcome
-
     def _work(self) -> None:
         """Run a worker."""
         ring = libfuse.ring
         _here.works = True
         while (job := self._jobs.get()) is not None:
-            why: object = _Work(job.call, job.is_brief)
+            why: object = _Work(job.call)
             while isinstance(why, _Work):
-                value, failure = self._timed(why.call) if why.is_brief else _outcome(why.call)
+                value, failure = _outcome(why.call)
                 ring.core_take()
                 _here.serves = True
                 self.hurry(True)

@@ -18,6 +18,7 @@
 #include "../formats/ext3/engine.h"
 #include "beyond.h"
 #include "last_change.h"
+#include "ring.h"
 #include "shortcuts.h"
 
 static struct {
@@ -30,6 +31,9 @@ static struct {
 	__typeof__(&x3_write) write;
 	__typeof__(&x3_read) read;
 	__typeof__(&x3_was_read) was_read;
+	__typeof__(&x3_hurry) hurry;
+	__typeof__(&x3_is_quick_to_sync) is_quick_to_sync;
+	__typeof__(&x3_fsync) fsync;      /* NULL: others may delay it */
 	const volatile uint32_t *pressed; /* not 0: changes must wait, which needs Python */
 	unsigned block_size;
 	int atime; /* when reading updates it: one of the following */
@@ -309,13 +313,13 @@ bool store_release(fuse_req_t req, const struct fuse_file_info *fi)
 static PyObject *py_serve(PyObject *self, PyObject *args)
 {
 	PyObject *find;
-	unsigned long long image, getattr, setattr, is_simple, write, read, was_read, pressed;
+	unsigned long long image, getattr, setattr, is_simple, write, read, was_read, hurry, is_quick, fsync, pressed;
 	unsigned block_size;
 	int atime;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "O(KKKKKKKKI)i", &find, &image, &getattr, &setattr, &is_simple, &write, &read,
-			      &was_read, &pressed, &block_size, &atime))
+	if (!PyArg_ParseTuple(args, "O(KKKKKKKKKKKI)i", &find, &image, &getattr, &setattr, &is_simple, &write, &read,
+			      &was_read, &hurry, &is_quick, &fsync, &pressed, &block_size, &atime))
 		return NULL;
 	store_inodes_reset();
 	Py_INCREF(find);
@@ -327,10 +331,40 @@ static PyObject *py_serve(PyObject *self, PyObject *args)
 	store.write = (__typeof__(store.write))(uintptr_t)write;
 	store.read = (__typeof__(store.read))(uintptr_t)read;
 	store.was_read = (__typeof__(store.was_read))(uintptr_t)was_read;
+	store.hurry = (__typeof__(store.hurry))(uintptr_t)hurry;
+	store.is_quick_to_sync = (__typeof__(store.is_quick_to_sync))(uintptr_t)is_quick;
+	store.fsync = (__typeof__(store.fsync))(uintptr_t)fsync;
 	store.pressed = (const volatile uint32_t *)(uintptr_t)pressed;
 	store.block_size = block_size;
 	store.atime = atime;
 	Py_RETURN_NONE;
+}
+
+static PyObject *py_quick_to_sync(PyObject *self, PyObject *number)
+{
+	uint64_t ino = PyLong_AsUnsignedLongLong(number);
+
+	(void)self;
+	if (PyErr_Occurred())
+		return NULL;
+	bool quick = store.find && store.fsync && ring_is_quiet() && store.is_quick_to_sync(store.image);
+	return PyLong_FromUnsignedLong(quick ? find(ino, false) : 0);
+}
+
+static PyObject *py_sync(PyObject *self, PyObject *args)
+{
+	unsigned inode;
+	int datasync;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "Ip", &inode, &datasync))
+		return NULL;
+	PyThreadState *state = ring_step_out();
+	int before = store.hurry(false);
+	int failure = store.fsync(store.image, inode, datasync);
+	store.hurry(before);
+	ring_step_in(state);
+	return PyBool_FromLong(!failure);
 }
 
 static PyObject *py_stop(PyObject *self, PyObject *args)
@@ -354,6 +388,11 @@ PyMethodDef store_inodes_methods[] = {
 	  "number of the inode in the image that has all of a node, negated if it may only be read; 0: there is none.\n"
 	  "engine: addresses of the image, of functions of engine.h, and of what says that changes must wait; and the\n"
 	  "size of a block. atime: when reading updates it: 0 never, 1 by the rule of relatime, 2 always." },
+	{ "quick_to_sync", py_quick_to_sync, METH_O,
+	  "quick_to_sync(inode): return the number of an inode in the image if it is likely to be quick to write it to\n"
+	  "disk, and no other request waits for this ring's thread; else 0." },
+	{ "sync_quickly", py_sync, METH_VARARGS,
+	  "sync_quickly(number, datasync): write that inode to disk; return whether that is done. Others run meanwhile." },
 	{ "stop_inodes", py_stop, METH_NOARGS, "stop_inodes(): leave all requests to pyfuse3's handlers." },
 	{ "observe_inodes", py_observe, METH_O,
 	  "observe_inodes(wanted): whether Python must see changes that do not continue the last noted one." },

@@ -69,13 +69,10 @@ class Threads:
         async with self.turn(turns, uid):
             return await self.do(call)
 
-    async def do(self, call: Callable[[], R], *, is_brief: bool = False) -> R:
-        """Run *call* in a thread now and return its result: it is already the user's turn.
-
-        What *is_brief* may run in this thread.
-        """
+    async def do(self, call: Callable[[], R]) -> R:
+        """Run *call* in a thread now and return its result: it is already the user's turn."""
         if self._loop.may_work():
-            return await self._loop.work(call, is_brief=is_brief)
+            return await self._loop.work(call)
         await self._loop.step_aside()
         return await in_thread(call)
 

@@ -15,7 +15,6 @@ from cowfs.linux import files
 from cowfs.types import Attr
 
 _CHUNK = 1 << 20
-_LITTLE = 1 << 20
 _HIDDEN = b"#in-use-%d"
 _CAPABILITY = b"security.capability"
 
@@ -196,10 +195,6 @@ class Ext3File:
         if self._seen != self._capabilities.count:
             self._seen = self._capabilities.count
             self._capabilities.drop(self._ino)
-
-    def is_little_to_sync(self) -> bool:
-        """Whether :meth:`fsync` has less than a MiB to write, of all files of the image, to a disk here."""
-        return self._image.is_near and self._image.unsynced() < _LITTLE
 
     def fsync(self, datasync: bool) -> None:
         self._image.fsync(self._ino, datasync)

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -187,77 +189,101 @@ def test_room_that_was_given_back_is_there_at_once(mount: Mounted) -> None:
         os.unlink(mount.path / "huge")
 
 
-# A disk that is quick, then slow once, then hangs until the test writes to a FIFO.
+# A disk that holds an fdatasync back from an "h" in a FIFO until an "r".
 _SLOW_DISK = """
-import os, sys, time
+import os, sys, threading
 from cowfs.cli.main import main
+from cowfs.formats.ext3._engine import lib
 from cowfs.fuse.adapter import Adapter
-from cowfs.layers.ext3_file import Ext3File
 
-number = 0
+def obey(image):
+    commands = os.open(sys.argv[1], os.O_RDWR)
+    while command := os.read(commands, 1):
+        kind = lib.X3_FDATASYNC if command == b"h" else 0
+        lib.x3_inject(image.handle, kind, 1, 0, 0)
+        os.write(done, b"x")
 
 def opening(init):
-    def opened(self, *arguments, **more):
-        global fifo, number
-        fifo, number = os.open(sys.argv[1], os.O_RDWR), 0
-        init(self, *arguments, **more)
+    def opened(self, fs, *arguments, **more):
+        global done
+        done = os.open(sys.argv[2], os.O_RDWR)
+        threading.Thread(target=obey, args=(fs.upper.image,), daemon=True).start()
+        init(self, fs, *arguments, **more)
     return opened
 
-def slow(fsync):
-    def slowed(self, datasync):
-        global number
-        number += 1
-        if number == 20:
-            time.sleep(0.05)
-        elif number > 20:
-            os.read(fifo, 1)
-        fsync(self, datasync)
-    return slowed
-
 Adapter.__init__ = opening(Adapter.__init__)
-Ext3File.fsync = slow(Ext3File.fsync)
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
-def test_a_slow_disk_does_not_hold_up_others_on_the_same_cpu(tmp_path: Path) -> None:
+@pytest.fixture
+def quick_disk() -> Iterator[Path]:
+    """Return a directory in memory: fsync(2) takes no time there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
+
+
+def test_a_slow_disk_does_not_hold_up_others_on_the_same_cpu(tmp_path: Path, quick_disk: Path) -> None:
     """A quick fsync is done where the requests of its CPU arrive; those that take longer are not."""
-    fifo, path = tmp_path / "fifo", tmp_path / "mnt"
-    os.mkfifo(fifo)
+    fifos, path = [tmp_path / "commands", tmp_path / "done"], tmp_path / "mnt"
+    for fifo in fifos:
+        os.mkfifo(fifo)
     (tmp_path / "lower").mkdir()
     path.mkdir()
-    cowfs("create", tmp_path / "s.bs", "16", check=True)
-    mounting = mount_arguments(tmp_path / "lower", path, tmp_path / "s.bs", options=["io_uring=on"])
-    run(sys.executable, "-c", _SLOW_DISK, fifo, *mounting, cwd=project_root())
-    release = os.open(fifo, os.O_RDWR)
+    cowfs("create", quick_disk / "s.bs", "16", check=True)
+    mounting = mount_arguments(tmp_path / "lower", path, quick_disk / "s.bs", options=["io_uring=on"])
+    run(sys.executable, "-c", _SLOW_DISK, *fifos, *mounting, cwd=project_root())
+    commands, done = (os.open(fifo, os.O_RDWR) for fifo in fifos)
     cpu = min(os.sched_getaffinity(0))
+
+    syncs: list[int] = []
 
     def sync(times: int) -> None:
         os.sched_setaffinity(0, {cpu})  # of this thread
         with (path / "file").open("wb", buffering=0) as file:
             for _ in range(times):
                 file.write(b"x")
+                syncs.append(threading.get_native_id())
                 os.fsync(file.fileno())
+                syncs.clear()
+
+    def until_it_waits() -> None:
+        """Wait until a thread waits for the answer to fsync(2)."""
+        while not syncs or "request_wait" not in Path(f"/proc/self/task/{syncs[0]}/wchan").read_text():
+            time.sleep(0.01)
 
     def look() -> list[str]:
         os.sched_setaffinity(0, {cpu})
         (path / "other").touch()
         return sorted(os.listdir(path))
 
+    def tell(command: bytes) -> None:
+        os.write(commands, command)
+        assert os.read(done, 1) == b"x"
+
     try:
         with ThreadPoolExecutor(2) as threads:
             threads.submit(sync, 20).result()
+            tell(b"h")
+            syncing = threads.submit(sync, 1)
+            until_it_waits()
+            time.sleep(0.1)  # this is how long that takes
+            tell(b"r")
+            syncing.result()
+            tell(b"h")
             syncing = threads.submit(sync, 1)
             try:
+                until_it_waits()
                 assert threads.submit(look).result(timeout=60) == ["file", "other"]
                 assert not syncing.done()
             finally:
-                os.write(release, b"x" * 8)
+                tell(b"r")
             syncing.result()
     finally:
-        os.write(release, b"x" * 8)
+        tell(b"r")
         assert cowfs("umount", path).returncode == 0
-        os.close(release)
+        os.close(commands)
+        os.close(done)
 
 
 def policies(pid: int) -> set[int]:

@@ -419,8 +419,11 @@ void x3_shrink(x3_image *img);
 /* Whether a directory and its names are on disk, so that x3_fsync() of it has nothing to do. Does not block for I/O. */
 int x3_directory_is_synced(x3_image *img, uint32_t ino);
 
-/* Return about how many bytes the next commit and its barriers have to write to disk. Does not block. */
-uint64_t x3_unsynced(x3_image *img);
+/*
+ * Whether x3_fsync() is likely to take less than 1.5 ms: there is less than a MiB to write, and the last ones took as
+ * little, as a moving average. Does not block.
+ */
+int x3_is_quick_to_sync(x3_image *img);
 
 /* Return 1 if there are uncommitted changes, else 0. */
 int x3_dirty(x3_image *img);

@@ -152,8 +152,12 @@ class Image(Opened):
         These are the addresses of the image, of some functions of engine.h and of :attr:`pressed`, and the
         block size. They are valid until :meth:`close`.
         """
-        names = ("x3_getattr", "x3_setattr_simple", "x3_is_simple", "x3_write", "x3_read", "x3_was_read")
-        pointers = (self.handle, *(ffi.addressof(lib, name) for name in names), self.pressed)
+        names = (
+            *("x3_getattr", "x3_setattr_simple", "x3_is_simple", "x3_write", "x3_read", "x3_was_read"),
+            *("x3_hurry", "x3_is_quick_to_sync"),
+        )
+        fsync = ffi.addressof(lib, "x3_fsync") if self.is_near else ffi.NULL
+        pointers = (self.handle, *(ffi.addressof(lib, name) for name in names), fsync, self.pressed)
         return (*(int(ffi.cast("uintptr_t", pointer)) for pointer in pointers), self.facts().block_size)
 
     def was_read(self, ino: int, *, always: bool) -> None:

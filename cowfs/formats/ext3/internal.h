@@ -48,6 +48,7 @@
 #endif
 
 #define NS 1000000000LL
+#define QUICK_SYNC (NS / 1000 * 3 / 2)
 #define BLOCK_MAX 65536u
 #define min(a, b) ((a) < (b) ? (a) : (b))
 #define max(a, b) ((a) > (b) ? (a) : (b))
@@ -154,6 +155,7 @@ struct x3_image {
 	bool read_only;
 	pthread_mutex_t io_lock; /* protects the fields below, up to the blank line */
 	uint64_t barriers, bytes_written;
+	int64_t sync_ns;           /* how long x3_fsync() takes if it uses the disk: a moving average; atomic */
 	pthread_mutex_t sync_lock; /* held during a barrier; protects the barriers' numbers */
 	uint64_t barrier_nr;
 	uint64_t writes;       /* number of writes; atomic */

@@ -190,7 +190,8 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	img->read_only = flags & X3_READ_ONLY;
 	img->debug = debug;
 	img->cache_bytes = cache_bytes;
-	img->synced = UINT64_MAX; /* data written by a killed daemon may not be on disk yet */
+	img->sync_ns = 2 * QUICK_SYNC; /* not known to be quick */
+	img->synced = UINT64_MAX;      /* data written by a killed daemon may not be on disk yet */
 	img->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	img->meminfo = img->read_only ? -1 : open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);

@@ -265,10 +265,6 @@ class Opened:
         """Write all changes so far to disk. Blocks."""
         self._done(lib.x3_commit(self.handle))
 
-    def unsynced(self) -> int:
-        """Return about how many bytes the next commit has to write to disk. Does not block."""
-        return int(lib.x3_unsynced(self.handle))
-
     def directory_is_synced(self, ino: int) -> bool:
         """Whether a directory and its names are on disk. Does not block for I/O."""
         return bool(lib.x3_directory_is_synced(self.handle, ino))

@@ -6,6 +6,15 @@
 
 #include "internal.h"
 
+#define LITTLE (1u << 20)
+
+static int64_t clock_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * (int64_t)NS + t.tv_nsec;
+}
 
 int x3_commit(x3_image *img)
 {
@@ -33,7 +42,7 @@ int x3_checkpoint(x3_image *img)
 	return error;
 }
 
-int x3_fsync(x3_image *img, uint32_t ino, int datasync)
+static int sync_inode(x3_image *img, uint32_t ino, int datasync)
 {
 	uint32_t tid, written;
 	uint64_t failures;
@@ -80,12 +89,28 @@ int x3_directory_is_synced(x3_image *img, uint32_t ino)
 	return synced;
 }
 
-uint64_t x3_unsynced(x3_image *img)
+int x3_fsync(x3_image *img, uint32_t ino, int datasync)
+{
+	enum { SHARE = 8 }; /* the latest counts for an eighth */
+	uint64_t barriers = __atomic_load_n(&img->barriers, __ATOMIC_RELAXED);
+	int64_t begun = clock_ns();
+	int error = sync_inode(img, ino, datasync);
+
+	if (error || barriers != __atomic_load_n(&img->barriers, __ATOMIC_RELAXED)) {
+		int64_t usual = __atomic_load_n(&img->sync_ns, __ATOMIC_RELAXED);
+		usual += (clock_ns() - begun - usual) / SHARE;
+		__atomic_store_n(&img->sync_ns, usual, __ATOMIC_RELAXED);
+	}
+	return error;
+}
+
+int x3_is_quick_to_sync(x3_image *img)
 {
 	uint64_t synced = __atomic_load_n(&img->bytes_synced, __ATOMIC_RELAXED);
+	uint64_t bytes = __atomic_load_n(&img->bytes_written, __ATOMIC_RELAXED) - synced +
+			 (uint64_t)__atomic_load_n(&img->ndirty, __ATOMIC_RELAXED) * img->bs;
 
-	return __atomic_load_n(&img->bytes_written, __ATOMIC_RELAXED) - synced +
-	       (uint64_t)__atomic_load_n(&img->ndirty, __ATOMIC_RELAXED) * img->bs;
+	return bytes < LITTLE && __atomic_load_n(&img->sync_ns, __ATOMIC_RELAXED) < QUICK_SYNC;
 }
 
 int x3_dirty(x3_image *img)
