@@ -51,9 +51,18 @@ def find_mount(path: str) -> MountInfo | None:
 
 def _real_path(path: str) -> str:
     """Do os.path.realpath(), but raise Silent instead of waiting for a daemon of cowfs."""
-    ours = {mount.mountpoint: mount.dev for mount in mountinfo() if mount.fstype == FSTYPE}
-    if not ours:
+    mounts = list(mountinfo())
+    if all(mount.fstype != FSTYPE for mount in mounts):
         return os.path.realpath(path)
+    return _walk(path, mounts, set()) or os.path.realpath(path)
+
+
+def _walk(path: str, mounts: list[MountInfo], untouched: set[bytes]) -> str | None:
+    """Follow the links of a path; Silent if it leads to or through a mount whose daemon does not answer.
+
+    Return where it leads: None if that is to a mountpoint in *untouched*, or if there are too many links.
+    """
+    ours = {mount.mountpoint: mount.dev for mount in mounts if mount.fstype == FSTYPE}
     place, names, links = "/", path.split("/")[::-1], 0
     while names:
         name = names.pop()
@@ -63,9 +72,11 @@ def _real_path(path: str) -> str:
             place = os.path.dirname(place)
             continue
         place = os.path.join(place, name)
-        dev = ours.get(os.fsencode(place))
-        if dev is not None:
-            _require_answer(dev)
+        mountpoint = os.fsencode(place)
+        if mountpoint in untouched:
+            return None
+        if mountpoint in ours:
+            _require_answer(ours[mountpoint])
             continue
         try:
             target = os.readlink(place)
@@ -73,7 +84,7 @@ def _real_path(path: str) -> str:
             continue
         links += 1
         if links > _MOST_LINKS:
-            return os.path.realpath(path)
+            return None
         names += target.split("/")[::-1]
         place = "/" if target.startswith("/") else os.path.dirname(place)
     return place
@@ -81,10 +92,14 @@ def _real_path(path: str) -> str:
 
 def require_answers(paths: Iterable[str]) -> None:
     """Silent if one of the paths leads to or through a mount of cowfs whose daemon is stopped, or does not
-    answer: whoever touches it waits.
+    answer: whoever touches it waits. The daemons of other filesystems are not touched.
     """
-    for path in paths:
-        _real_path(absolute(path))
+    mounts = list(mountinfo())
+    served = [mount for mount in mounts if mount.fstype.startswith("fuse")]
+    others = {mount.mountpoint for mount in served if mount.fstype != FSTYPE}
+    if any(mount.fstype == FSTYPE for mount in served):
+        for path in paths:
+            _walk(absolute(path), mounts, others)
 
 
 def _require_answer(dev: str) -> None:
