@@ -140,16 +140,9 @@ bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
 	PyObject *found = call_by_name(LOOKUP, parent, name);
 	if (!found)
 		return false;
-	bool is_made = PyTuple_Check(found) && PyTuple_GET_SIZE(found) == 3;
-	if (is_made)
-		parse_made(LOOKUP, found, &entry);
-	else
-		parse(LOOKUP, found, &entry);
+	parse(LOOKUP, found, &entry);
 	Py_DECREF(found);
-	if (is_made && !entry.ino)
-		fuse_reply_err(req, EIO);
-	else
-		fuse_reply_entry(req, &entry); /* without an inode, the kernel remembers that the name does not exist */
+	fuse_reply_entry(req, &entry); /* without an inode, the kernel remembers that the name does not exist */
 	return true;
 }
 

@@ -55,17 +55,12 @@ class Shortcuts:
         self._masked = masked
 
     def lookup(self, ino: int, name: bytes) -> tuple[int, ...] | bool | None:
-        """Return what is known of *name* in the directory *ino*, for most files the same as for new ones.
-
-        False if there is nothing. None: ask the handler.
-        """
+        """Return what is known of *name* in the directory *ino*; False if there is nothing. None: ask the
+        handler."""
         parent = self._nodes.get(ino)
         if parent is None:
             return None
         try:
-            if parent.below == () and parent.upper is not None and not ino & APART:
-                if plain := plain_nodes(self._fs, self._upper, parent, (name,)):
-                    return _made(plain[0])
             found = self._fs.lookup(parent, name)
             if found is None:
                 return False
