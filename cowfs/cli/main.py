@@ -233,6 +233,9 @@ def guarded(call: object) -> int:
         if failure is not None:
             warn(str(failure))
             return failure.exit_code
+        if isinstance(error.__cause__, KeyboardInterrupt):  # in a __set_name__(), up to Python 3.11
+            print("cowfs: interrupted", file=sys.stderr)
+            return 130
         if not isinstance(error, OSError):
             raise
         if error.filename is None and _is_astray():

@@ -51,7 +51,11 @@ def fill(path: Path, leave: int) -> None:
         assert write(opened.layer, b"ballast", size - size // (facts.bsize // 4)) > size // 2
 
 
-@pytest.mark.parametrize(("shape", "leave"), [(MODERN, 60), (SMALL, 200), (OLD, 100)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "leave"),
+    [(MODERN, 60), (SMALL, 200), pytest.param(OLD, 100, marks=pytest.mark.nightly)],
+    ids=str,
+)
 def test_a_load_on_a_disk_that_is_nearly_full(place: Path, shape: Shape, leave: int) -> None:
     """After ENOSPC an operation has done nothing; a write has not done everything."""
     path = images.make(place / "image", shape)

@@ -280,7 +280,7 @@ PLACES = {
     "the standard library": os.path.dirname(os.__file__),
     "programs": "/usr/sbin",
 }
-PARTS = {"/lib", "the standard library", "programs"}  # of others
+PARTS = {"/lib", "/usr", "the standard library", "programs"}  # of others
 
 
 @needs_root

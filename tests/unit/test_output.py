@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from cowfs.cli import output
+from cowfs.cli.main import guarded
 
 
 class _Terminal(io.StringIO):
@@ -55,6 +56,16 @@ def test_the_rate_does_not_count_what_came_before_the_first(monkeypatch: pytest.
     for clock[0], count in ((60.0, 1), (70.0, 99)):
         tally.add(count)
     assert shown == ["1 changes", "100 changes, 10/s, 10 s left"]
+
+
+def test_ctrl_c_while_a_class_is_made_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to Python 3.11, an exception in a __set_name__() becomes the cause of another."""
+
+    def interrupted() -> int:
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    assert guarded(interrupted) == 130
+    assert capsys.readouterr().err == "cowfs: interrupted\n"
 
 
 def test_ctrl_c_while_the_command_starts_is_no_traceback() -> None:

@@ -42,7 +42,7 @@ def batch(images: list[Path], start: int, count: int, timeout: float) -> tuple[i
 
 
 @pytest.mark.parametrize(
-    "start", [0, 1500, *(pytest.param(start, marks=pytest.mark.nightly) for start in (3000, 4500))]
+    "start", [0, *(pytest.param(start, marks=pytest.mark.nightly) for start in (1500, 3000, 4500))]
 )
 def test_damaged_images(images: list[Path], start: int) -> None:
     done, refused = batch(images, start, 1500, timeout=110)
