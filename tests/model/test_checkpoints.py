@@ -25,7 +25,7 @@ from tests.model.tree import Model
 from tests.support import tree
 from tests.support.direct import Direct
 
-EXAMPLES = int(os.environ.get("COWFS_CHECKPOINT_EXAMPLES", "18"))
+EXAMPLES = int(os.environ.get("COWFS_CHECKPOINT_EXAMPLES", "25"))
 
 
 class CheckpointMachine(UnionMachine):

@@ -26,7 +26,7 @@ from tests.support.direct import Direct
 from tests.support.mounts import kernel_overlay
 from tests.support.tree import Snapshot
 
-EXAMPLES = int(os.environ.get("COWFS_MODEL_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("COWFS_MODEL_EXAMPLES", "300"))
 STEPS = int(os.environ.get("COWFS_MODEL_STEPS", "30"))
 OLD = 1_000_000_000_000_000_000
 

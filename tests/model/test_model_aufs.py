@@ -159,7 +159,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> None:
     run("debugfs", "-w", "-R", "mkdir .wh..wh.plnk", AufsMachine.empty)
 
 
-AufsMachine.TestCase.settings = settings(UnionMachine.TestCase.settings, max_examples=max(EXAMPLES // 40, 1))
+AufsMachine.TestCase.settings = settings(UnionMachine.TestCase.settings, max_examples=max(EXAMPLES // 60, 1))
 ConvertedMachine.TestCase.settings = AufsMachine.TestCase.settings
 TestConverted = pytest.mark.timeout(600)(
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: trusted attributes of the lowers")(

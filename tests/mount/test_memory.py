@@ -50,7 +50,7 @@ def memory_of(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "count",
-    [1000, pytest.param(200_000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])],
+    [1500, pytest.param(200_000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])],
 )
 def test_each_kind_of_request(mount: Mounted, count: int) -> None:
     pid = mount.pid()
