@@ -361,8 +361,12 @@ bool shortcut_readdirplus(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t s
 			break;
 		used += more;
 	}
+	bool failed = !used && PyList_GET_SIZE(entries); /* an empty answer would be the end of the directory */
 	Py_DECREF(entries);
-	fuse_reply_buf(req, buffer, used);
+	if (failed)
+		fuse_reply_err(req, EIO);
+	else
+		fuse_reply_buf(req, buffer, used);
 	return true;
 }
 
