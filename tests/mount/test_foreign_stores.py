@@ -23,6 +23,9 @@ PAIRS = {
     "debian-more": ("rw", "work", "/home bind\n/ union\n/etc link,source=config/etc\n"),
     "debian-source": ("all/rw", "all/work", "/home bind\n/ union,source=all\n/srv union,source=all/srv\n"),
     "minios": ("changes", "workdir", ""),
+    "fedora": ("overlay-F41-0123-4567", "ovlwork", ""),
+    "fedora-image": ("overlayfs", "ovlwork", ""),
+    "opensuse": ("rw", "work", ""),
 }
 
 
@@ -34,8 +37,11 @@ def kernel_mount(lower: Path, upper: Path, work: Path, mnt: Path) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("archiso", "debian-more"),
-        *(pytest.param(k, marks=pytest.mark.nightly) for k in ("debian", "debian-source", "minios")),
+        *("fedora", "debian-more"),
+        *(
+            pytest.param(k, marks=pytest.mark.nightly)
+            for k in sorted(PAIRS.keys() - {"fedora", "debian-more"})
+        ),
     ],
 )
 def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
@@ -62,6 +68,11 @@ def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
         script("echo y >e/y; rm c; mkdir new", mnt)
         assert cowfs("checkpoint", mnt, "one").returncode == 1
         assert "MOVED" not in cowfs("info", mnt).stdout
+    assert "\nformat:" in cowfs("info", place, check=True).stdout
+    assert (
+        f"upperdir={Path(upper).name},workdir={Path(work).name},"
+        in cowfs("info", place, "--kernel", check=True).stdout
+    )
     told = cowfs("diff", place)
     assert (told.returncode, "R  d/ -> e/" in told.stdout, "A  new/" in told.stdout) == (0, True, True)
     for refused in (
@@ -93,6 +104,20 @@ def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
     assert f"holds archiso's cowspace (give {cow} as the store)" in refused(tmp_path / "cow")
     (tmp_path / "slax/changes/.wh..wh.plnk").mkdir(parents=True)
     assert f"(give {tmp_path}/slax/changes as the store)" in refused(tmp_path / "slax")
+    stick, live = tmp_path / "stick", tmp_path / "stick/LiveOS"
+    (live / "overlay-F41-0123").mkdir(parents=True)
+    (live / "ovlwork").mkdir()
+    assert f"holds the overlay of a Fedora live system (give {live} as the store)" in refused(stick)
+    (tmp_path / "snapshot").write_bytes(b"SnAp\1\0\0\0\1\0\0\0\x08\0\0\0" + bytes(4096))
+    assert "a device-mapper snapshot, as live systems of Fedora make it (it" in refused(tmp_path / "snapshot")
+    (tmp_path / "fat").mkdir()
+    (tmp_path / "fat/changes.dat.0").write_bytes(b"DynfilefsFS 4.00 (c)" + bytes(4096))
+    for what in (tmp_path / "fat/changes.dat.0", tmp_path / "fat"):
+        assert "a container of DynFileFS, as Slax and MiniOS make it (dynfilefs -f " in refused(what)
+    for name in ("upper", "work", "install-logs-2023-01-02.0"):
+        (tmp_path / "casper" / name).mkdir(parents=True)
+    told = "an overlayfs pair, and install-logs-2023-01-02.0 beside it (cowfs overlay -o upperdir=upper,"
+    assert told in refused(tmp_path / "casper")
     home = tmp_path / "home"
     (home / "rw").mkdir(parents=True)
     (home / "work").mkdir()
@@ -111,7 +136,7 @@ def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
     with open(image, "wb") as file:
         file.truncate(16 << 20)
     run("mke2fs", "-q", "-t", "ext3", "-d", home, image)
-    assert "a persistence of Debian live, in an image (mount it (mount -o loop" in refused(image)
+    assert "or the overlay of openSUSE, in an image (mount it (mount -o loop" in refused(image)
     run("mke2fs", "-q", "-F", "-t", "ext4", image)
     assert "an ext4 filesystem" in refused(image)
     image.write_bytes(b"LUKS\xba\xbe\0\2" + bytes(1 << 20))

@@ -5,6 +5,8 @@ archiso             ``persistent_LABEL/ARCH/upperdir`` and ``workdir`` in its co
 Debian live-boot    ``rw`` and ``work`` beside ``persistence.conf``, which has a line ``/ union``
 Slax, MiniOS        ``changes`` and ``workdir`` or ``work``
 casper (Ubuntu)     ``upper`` and ``work``
+openSUSE (kiwi)     ``rw`` and ``work``
+Fedora (dracut)     ``overlayfs`` and ``ovlwork``; or ``overlay-LABEL-UUID`` and ``ovlwork`` in ``LiveOS``
 ==================  ==========================================================================
 
 All of these use the kernel's overlayfs, and cowfs uses their pair of directories as it is.
@@ -26,11 +28,17 @@ from cowfs.overlay.named_whiteouts import BRANCH_NAMES
 
 _PAIRS = (
     (b"upperdir", b"workdir", "archiso's cowspace"),
-    (b"rw", b"work", "a persistence of Debian live"),
+    (b"rw", b"work", "a persistence of Debian live, or the overlay of openSUSE"),
     (b"changes", b"workdir", "the changes of Slax or MiniOS"),
     (b"changes", b"work", "the changes of Slax or MiniOS"),
+    (b"overlayfs", b"ovlwork", "the overlay of a Fedora live system"),
     (b"upper", b"work", "an overlayfs pair"),
 )
+_FEDORA_WORK, _FEDORA_UPPER = b"ovlwork", b"overlay-"
+"""The work dir in LiveOS, and the prefix of the upper beside it. Source: dmsquash-live-root.sh of dracut."""
+_CONTAINER = b"changes.dat"
+"""The first file, or the prefix of the files, in which DynFileFS keeps the changes of Slax and MiniOS."""
+_DYNFILEFS = "dynfilefs -f {} -m DIR; mount -o loop DIR/virtual.dat DIR2, and give DIR2"
 _OF_A_WORK_DIR = {b"work", b"index", b"cowfs"}
 _BESIDE = {b"lost+found", b"persistence.conf", b"cowfs"}
 _CONFIGURATION = "persistence.conf"
@@ -56,8 +64,9 @@ def pair_in(path: str) -> Pair | None:
         names = {os.fsencode(name) for name in os.listdir(path)}
     except OSError:
         return None
-    if names & {b"upper"}:
-        return None
+    pair = _of_fedora(os.path.abspath(path), names)
+    if pair is not None or names & {b"upper"}:
+        return pair
     beside = _BESIDE
     if os.fsencode(_CONFIGURATION) in names:
         path, kept = _of_debian(path)
@@ -74,6 +83,22 @@ def pair_in(path: str) -> Pair | None:
             pair = Pair(os.path.join(path, os.fsdecode(upper)), os.path.join(path, os.fsdecode(work)))
             return pair if all(map(_is_directory, pair)) and _is_work_dir(pair.work) else None
     return None
+
+
+def _of_fedora(path: str, names: set[bytes]) -> Pair | None:
+    """Return the pair of a directory that is LiveOS, or the upper in it."""
+    above, name = os.path.split(path)
+    if _FEDORA_WORK not in names:
+        pair = Pair(path, os.path.join(above, os.fsdecode(_FEDORA_WORK)))
+        if not name.startswith(os.fsdecode(_FEDORA_UPPER)) or not os.path.isdir(pair.work):
+            return None
+    else:
+        uppers = [os.fsdecode(each) for each in names if each.startswith(_FEDORA_UPPER)]
+        uppers = [each for each in uppers if os.path.isdir(os.path.join(path, each))]
+        if len(uppers) != 1:
+            return None
+        pair = Pair(os.path.join(path, uppers[0]), os.path.join(path, os.fsdecode(_FEDORA_WORK)))
+    return pair if all(map(_is_directory, pair)) and _is_work_dir(pair.work) else None
 
 
 def _is_directory(path: str) -> bool:
@@ -142,10 +167,16 @@ def refusal(layer: UpperLayer, names: set[bytes]) -> StoreError | None:
     """Return the error for a tree with another system's store that cannot be used; None if it has none.
     Blocks.
     """
-    theirs = (pair for pair in _PAIRS if pair[0] != b"upper" and set(pair[:2]) <= names)
-    found = next(theirs, None)
+    found = next((pair for pair in _PAIRS if set(pair[:2]) <= names), None)
     is_image = not hasattr(layer, "descriptor")
     mount = f"mount it (mount -o loop {layer.name} DIR)"
+    container = min((name for name in names if name.startswith(_CONTAINER)), default=None)
+    if container is not None:
+        what = os.path.join(layer.name, os.fsdecode(container).removesuffix(".0"))
+        return StoreError(
+            f"{layer.name}: holds a container of DynFileFS, as Slax and MiniOS make it",
+            _DYNFILEFS.format("FILE" if is_image else what),
+        )
     if found is not None and is_image:
         return StoreError(f"{layer.name}: {found[2]}, in an image", f"{mount}, and give DIR as the store")
     if found is not None:
@@ -180,6 +211,8 @@ def _pairs_below(layer: UpperLayer) -> Iterator[tuple[bytes, str]]:
         for upper, work, whose in _PAIRS:
             if path and {upper, work} <= entries.keys():
                 yield path, whose
+        if _FEDORA_WORK in entries and any(name.startswith(_FEDORA_UPPER) for name in entries):
+            yield path, "the overlay of a Fedora live system"
         if path and not entries.keys().isdisjoint(BRANCH_NAMES):
             yield path, "the changes of Slax, Porteus or Puppy, which aufs has written"
         if depth == _DEEPEST:

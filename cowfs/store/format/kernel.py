@@ -10,6 +10,7 @@ from typing import Any
 
 from cowfs.errors import LayerError
 from cowfs.formats.squashfs.by_kernel import refused
+from cowfs.store.format.foreign import pair_in
 from cowfs.store.format.header import USER
 from cowfs.store.format.sniff import split_subdir
 from cowfs.types import DATA_ONLY
@@ -23,7 +24,12 @@ _LONGEST = 255
 
 
 def commands(
-    path: str, kind: str, prefix: str, uuid: str, lowers: Sequence[dict[str, Any]], below: Sequence[int]
+    path: str,
+    kind: str,
+    prefix: str,
+    uuid: str,
+    lowers: Sequence[dict[str, Any]],
+    below: Sequence[int],
 ) -> list[str]:
     """Return lines for a shell, to be run by root while nobody uses the store at *path*.
 
@@ -65,7 +71,11 @@ def commands(
         lines.append(shlex.join(["mount", "-t", "ext3", "-o", "loop", image, at]))
         store = os.path.join(at, subdir) if subdir else at
     features = "userxattr,index=on" if prefix == USER else "redirect_dir=on,metacopy=on,index=on,xino=on"
-    options = f"lowerdir={joined},upperdir=upper,workdir=work,{features}"
+    upper, work = "upper", "work"
+    if kind == "directory" and (pair := pair_in(path)) is not None:
+        store = os.path.commonpath(pair)
+        upper, work = (_escaped(os.path.relpath(one, store)) for one in pair)
+    options = f"lowerdir={joined},upperdir={upper},workdir={work},{features}"
     how = "LIBMOUNT_FORCE_MOUNT2=always " if len(os.fsencode(joined)) > _LONGEST else ""
     lines.append(
         f"cd {shlex.quote(store)} &&"

@@ -17,6 +17,9 @@ _HEAD = 69_632
 """How much of a file is looked at: btrfs has its magic at 64 KiB."""
 
 LUKS = b"LUKS\xba\xbe"
+DYNFILEFS = b"DynfilefsFS "
+SNAPSHOT = b"SnAp"
+"""The magic of the kernel's drivers/md/dm-snap-persistent.c."""
 _MAGICS: tuple[tuple[int, bytes, str], ...] = (
     (0, MAGIC, "a squashfs image"),
     (0, MAGIC_BIG_ENDIAN, "a big-endian squashfs image"),
@@ -27,8 +30,11 @@ _MAGICS: tuple[tuple[int, bytes, str], ...] = (
     (54, b"FAT", "a FAT filesystem"),
     (82, b"FAT32   ", "a FAT filesystem"),
     (512, b"EFI PART", "a disk image with a GPT partition table"),
+    (0, DYNFILEFS, "a container of DynFileFS, as Slax and MiniOS make it"),
+    (0, SNAPSHOT, "a device-mapper snapshot, as live systems of Fedora make it"),
     (1024, b"\x10\x20\xf5\xf2", "an f2fs filesystem"),
     (4086, b"SWAPSPACE2", "a swap area"),
+    (65_588, b"ReIsEr", "a ReiserFS filesystem"),
     (65_600, b"_BHRfS_M", "a btrfs filesystem"),
 )
 """What a disk can contain. *recognise* knows archives, programs and similar files."""

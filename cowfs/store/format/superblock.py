@@ -14,7 +14,7 @@ from cowfs.errors import StoreError
 from cowfs.formats.ext3 import features
 from cowfs.linux.files import size_of
 from cowfs.store.format.sizes import SMALLEST, format_size
-from cowfs.store.format.sniff import LUKS, what_is
+from cowfs.store.format.sniff import DYNFILEFS, LUKS, SNAPSHOT, what_is
 
 # inodes, blocks, reserved, free blocks, free inodes, first data block, log2(block size / 1024)
 _COUNTS = struct.Struct("<7I")
@@ -29,6 +29,12 @@ _FIRST_BLOCK = struct.Struct("<I")  # at 40 of an inode
 _JOURNAL = struct.Struct(">3I6I")
 _JOURNAL_MAGIC = 0xC03B3998
 _VALID, _ERRORS = 1, 2
+_WAYS_OUT = {
+    LUKS: "cryptsetup open FILE NAME opens it, and /dev/mapper/NAME can be a store",
+    DYNFILEFS: "dynfilefs -f FILE -m DIR; mount -o loop DIR/virtual.dat DIR2, and give DIR2",
+    SNAPSHOT: "it holds blocks, not files: boot that system with it, and copy the files",
+}
+"""What to do with a file that begins like this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +112,11 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
 
 def _way_out(fd: int) -> str:
     """Return a hint about a file that is not a store."""
-    if os.pread(fd, len(LUKS), 0) != LUKS:
-        return "cowfs create creates a store"
-    return "cryptsetup open FILE NAME opens it, and /dev/mapper/NAME can be a store"
+    head = os.pread(fd, 16, 0)
+    for magic, hint in _WAYS_OUT.items():
+        if head.startswith(magic):
+            return hint
+    return "cowfs create creates a store"
 
 
 def needs_recovery(fd: int) -> bool:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from cowfs.errors import StoreError, SystemFailure
+from cowfs.layers.apart import ApartLayer
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.overlay import aufs, partial
@@ -15,12 +16,15 @@ from cowfs.overlay.xattr_format import XattrFormat, parse_partial
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.format import conversion, copy_detection, layout
 from cowfs.store.format.checkpoints import Layers, listed
+from cowfs.store.format.foreign import pair_in
 from cowfs.store.format.header import WITH_LAYERS, Header
 from cowfs.store.format.sniff import is_subdir_name, not_a_store, split_subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.served import lock
-from cowfs.store.served.directory import sees_all
+from cowfs.store.served.directory import parts_of, sees_all
 from cowfs.store.served.image import open_file, open_layer, within
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def store_info(spec: str) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def _was_copied_in_use(layer: UpperLayer, directory: int) -> bool:
 
 
 def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
-    directory = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+    directory = _opened(path)
     stack.callback(directory.close)
     layer = _as_store(directory)
     inside = _inside(layer)
@@ -109,7 +113,7 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         user = lock.holder(tools.place(fd))
         if user:
             inside["problem"] = None  # its mark is being renewed
-        elif _was_copied_in_use(layer, directory.root.fd):
+        elif not isinstance(directory, ApartLayer) and _was_copied_in_use(layer, directory.root.fd):
             inside["problem"] = str(copy_detection.torn_copy(path))
     return {
         "path": path,
@@ -123,6 +127,15 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         **inside,
         "in_use_by": user,
     }
+
+
+def _opened(path: str) -> DirectoryLayer:
+    """Return the layer of a directory store, or of another system's upper and work dir."""
+    pair = pair_in(path)
+    if pair is None:
+        return DirectoryLayer(os.open(path, _DIRECTORY), path)
+    above, parts = parts_of(*map(os.path.realpath, pair))
+    return ApartLayer(os.open(above, _DIRECTORY), path, parts)
 
 
 def _as_store(layer: UpperLayer) -> UpperLayer:

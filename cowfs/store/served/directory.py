@@ -59,7 +59,7 @@ def open_apart(upper: str, work: str, want: Wanted) -> Store:
             raise StoreError(f"{path}: not a directory", "make upperdir and workdir first")
         refuse_unsafe_path(path, path)
     upper, work = os.path.realpath(upper), os.path.realpath(work)
-    above = os.path.commonpath((upper, work))
+    above, parts = parts_of(upper, work)
     if above in {upper, work}:
         raise StoreError(f"{upper}: upperdir and workdir are the same, or one is in the other", _TWO)
     with ExitStack() as stack:
@@ -67,8 +67,6 @@ def open_apart(upper: str, work: str, want: Wanted) -> Store:
         for fd in (root, top, beside):
             stack.callback(os.close, fd)
         lock.refuse_mounted_upper(top, upper)
-        up, aside = (os.fsencode(os.path.relpath(path, above)).split(b"/") for path in (upper, work))
-        parts = {layout.UPPER: up, layout.WORK: aside, layout.PRIVATE: [*aside, layout.PRIVATE]}
 
         def layer(*, privileged: bool = True) -> DirectoryLayer:
             given = os.dup(root)
@@ -85,6 +83,13 @@ def open_apart(upper: str, work: str, want: Wanted) -> Store:
 
         return _open(layer, beside, upper, want, stack, kind="directory", privileged=os.geteuid() == 0)
     raise AssertionError("not reached")
+
+
+def parts_of(upper: str, work: str) -> tuple[str, dict[bytes, list[bytes]]]:
+    """Return the directory above both, and where in it the parts of such a store are (ApartLayer)."""
+    above = os.path.commonpath((upper, work))
+    up, aside = (os.fsencode(os.path.relpath(path, above)).split(b"/") for path in (upper, work))
+    return above, {layout.UPPER: up, layout.WORK: aside, layout.PRIVATE: [*aside, layout.PRIVATE]}
 
 
 def _identity(attr: Attr) -> tuple[int, int]:
