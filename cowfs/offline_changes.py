@@ -183,12 +183,13 @@ class OfflineChanges:
 
     def explain(self, path: bytes) -> dict[str, Any]:
         from cowfs.changes.explain import explain
+        from cowfs.overlay.fs import done_at_once
 
         store = self._store
         frozen = [(one.name, FrozenLayer(store.layer, one.key)) for one in store.frozen]
-        answer = explain(
-            store.layer, store.upper, self._lowers, store.xattr_prefix, self._index, path, frozen
-        )
+        lowers, prefix = self._lowers, store.xattr_prefix
+        steps = explain(store.layer, store.upper, lowers, prefix, self._index, path, frozen)
+        answer = done_at_once(steps)
         return {**answer, "volatile": volatile_above(store.header.volatile, path)}
 
     def usage(self) -> Iterator[Used]:

@@ -257,8 +257,8 @@ def _of_the_store(union: Union) -> Mapping[str, Any]:
         fs, store = union.overlay, union.store
         path = base64.b64decode(request["path"])
         frozen = list(zip((one.name for one in store.frozen), fs.frozen, strict=True))
-        prefix = store.xattr_prefix
-        answer = explanation(store.layer, store.upper, list(fs.base), prefix, fs.index, path, frozen)
+        lowers, prefix = list(fs.base), store.xattr_prefix
+        answer = yield from explanation(store.layer, store.upper, lowers, prefix, fs.index, path, frozen)
         yield {**answer, "volatile": volatile_above(union.options.volatile or (), path)}
 
     def version(request: dict[str, Any]) -> Replies:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cowfs.changes.compare import Inode, compare, differing, set_data
 from cowfs.changes.links import Aliases, find_aliases
@@ -75,6 +76,32 @@ def steps(
     return _Diff(upper, upper_root, lowers, prefix, index, directory_times, within).run()
 
 
+class ChangeAt(NamedTuple):
+    """The change at one path."""
+
+    change: Change | None
+    """None if there is none."""
+    now_at: bytes | None
+    """Where that is now what the lowers have at the path, if it was renamed."""
+
+
+def change_at(
+    upper: UpperLayer,
+    upper_root: Key,
+    lowers: Sequence[LowerLayer],
+    prefix: bytes,
+    index: Key | None,
+    path: bytes,
+    link: bytes | None,
+) -> Generator[None, None, ChangeAt]:
+    """Return what :func:`diff` lists at *path*. It reads only that path, and the renames if it must.
+
+    *link* is the path in the lowers of the file there, if that may have several names. Blocks as the layers
+    do, but yields before each inode and each MiB of content; OSError.
+    """
+    return _Diff(upper, upper_root, lowers, prefix, index, False, [path]).at(path, link)
+
+
 @dataclass(slots=True)
 class _Directory:
     """A directory of the merged tree whose contents are still to be compared."""
@@ -111,10 +138,26 @@ class _Diff:
         self._view = LowerView(Stack(lowers, self._xattrs))
         self._index = index
         self._directory_times = directory_times
-        self._moved: frozenset[bytes] = frozenset()
+        self._moved: dict[bytes, bytes] = {}
         self._aliases = Aliases()
         self._within = outermost(within)
         self._ways: dict[bytes, set[bytes]] = {}
+
+    def at(self, path: bytes, link: bytes | None) -> Generator[None, None, ChangeAt]:
+        survey = Survey(self._upper, self._root, self._view)
+        if path and (yield from survey.needs(path, alone=True)) is not Needs.NOTHING_ELSE:
+            self._moved = yield from renamed(self._upper, self._root, self._xattrs)
+        if self._index is not None and link is not None:
+            aliases = find_aliases(self._upper, self._root, self._index, self._view, [link])
+            self._aliases = yield from aliases
+        self._ways = ways_to([path])
+        last = None
+        for change in self._walk(path):
+            if change is None:
+                yield
+            elif change.path == path:
+                last = change  # of a D and an R, the R
+        return ChangeAt(last, self._moved.get(path))
 
     def run(self) -> Iterator[Change | None]:
         needs = yield from self._narrow()
@@ -122,17 +165,26 @@ class _Diff:
             # the lowers have what is in a renamed directory elsewhere
             within = self._within if needs is Needs.NOTHING_ELSE else ()
             self._aliases = yield from find_aliases(self._upper, self._root, self._index, self._view, within)
+        yield from self._walk()
+
+    def _walk(self, alone: bytes | None = None) -> Iterator[Change | None]:
+        """Yield the changes. If a path is given, *alone* that and the directories above it."""
         base = self._view.root()
         if base is not None:
             new = Inode(self._upper, self._root, self._upper.stat(self._root))
             what, names = yield from self._compare(new, base)
             if what:
                 yield Change("M", b"", what, type="directory", xattrs=names)
+        if alone == b"":
+            return
         # No recursion: trees may be deeper than the interpreter's stack.
         levels = [self._contents(_Directory(b"", self._root, base, b"", merged=True))]
         while levels:
             for step in levels[-1]:
                 if isinstance(step, _Directory):
+                    if step.path == alone:
+                        self._leave(step)
+                        continue
                     levels.append(self._contents(step))
                     break
                 yield step
@@ -176,6 +228,9 @@ class _Diff:
                 yield from self._entry(here, name)
             except GONE:
                 continue
+        self._leave(here)
+
+    def _leave(self, here: _Directory) -> None:
         if here.upper is not None and here.upper is not self._root:
             self._upper.forget(here.upper)
         if here.base is not None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.paths import join
-from cowfs.changes.scan import GONE, readdir, source_of
+from cowfs.changes.scan import GONE, readdir, renamed, source_of
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.overlay.stack import Stack, is_whiteout, notes_of
 from cowfs.overlay.xattr_format import XattrFormat
@@ -68,8 +68,10 @@ class _Usage:
         self._xattrs = XattrFormat(prefix)
         self._view = LowerView(Stack(lowers, self._xattrs))
         self._seen = seen
+        self._moved: dict[bytes, bytes] = {}
 
     def run(self, root: Key) -> Iterator[Used | None]:
+        self._moved = yield from renamed(self._upper, root, self._xattrs)
         yield Used(b"", "directories", self._upper.stat(root).st_blocks * _BLOCK, is_dir=True)
         waiting: list[tuple[bytes, Key, Lower | None, bytes]] = [(b"", root, self._view.root(), b"")]
         while waiting:
@@ -109,10 +111,10 @@ class _Usage:
         if source is not None:
             natural, found = source, self._view.resolve(source)
         else:
-            found = None if base is None else self._view.lookup(base, name)
+            found = None if base is None or natural in self._moved else self._view.lookup(base, name)
         if stat.S_ISDIR(attr.st_mode):
             reason = "new" if found is None else "directories"
-            merged = None if found is None or not found.is_dir or self._xattrs.is_opaque(notes) else found
+            merged = found if found is not None and found.is_dir else None
             return Used(path, reason, size, is_dir=True), (path, key, merged, natural)
         if self._xattrs.is_metacopy(notes, attr):
             reason = "metadata"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from cowfs.changes.compare import Inode, compare
 from cowfs.changes.composite import above
-from cowfs.changes.lowers import Lower, LowerView
+from cowfs.changes.diff import change_at
+from cowfs.changes.lowers import LowerView
 from cowfs.changes.paths import join, type_name
 from cowfs.changes.scan import source_of
 from cowfs.jsontext import local_time, put_path
@@ -20,6 +20,8 @@ from cowfs.types import Attr
 
 VERSION = 1
 """The version of an explanation's JSON."""
+_BLOCK = 512
+"""The unit of st_blocks, in bytes."""
 
 
 def explain(
@@ -30,15 +32,16 @@ def explain(
     index: Key | None,
     path: bytes,
     frozen: Sequence[tuple[str, LowerLayer]] = (),
-) -> dict[str, Any]:
+) -> Generator[None, None, dict[str, Any]]:
     """Return an explanation of *path*, for JSON.
 
     *frozen* are the names and layers of the checkpoints below the upper. In the result, ``layers`` are the
     layers, the store first, each with its inode at the path: ``path`` (a redirect may lead elsewhere),
     ``type``, ``mode``, ``uid``, ``gid``, ``size``, ``mtime_ns``, and the ``rules`` that were applied there.
     ``seen`` says whether the path exists in the merged tree. ``change`` is the letter of ``cowfs diff``, or
-    None, with ``what`` (what differs) and ``source`` (the path in the lowers). ``bytes`` is the space that
-    the path takes in the store. Blocks as the layers do; OSError.
+    None, with ``what`` (what differs) and ``source`` (the path in the lowers). ``to`` is the present path of
+    what the lowers have at *path*, if it was renamed. ``bytes`` is the space that the path takes in the
+    store. Blocks as the layers do, but yields before each inode and each MiB of content; OSError.
     """
     xattrs = XattrFormat(prefix)
     below = [layer for _, layer in frozen]
@@ -56,35 +59,27 @@ def explain(
     answer |= {"seen": bool(hits) or not names, "layers": layers, "change": None, "what": [], "bytes": 0}
     view = LowerView(Stack(lowers, xattrs))
     upper, root, index = above((upper, root), below, xattrs, index)
-    here = _Upper(upper, root, xattrs).find(names)
-    base = None if here.source is None else view.resolve(here.source)
-    if here.source is not None and here.source != path:
-        put_path(answer, "source", here.source)
-    inode = here.inode
-    if (
-        inode is None
-        and base is not None
-        and index is not None
-        and not base.is_dir
-        and base.attr.st_nlink > 1
-    ):
+    inode, source = _find(upper, root, xattrs, names)
+    base = None if source is None else view.resolve(source)
+    link = source if base is not None and not base.is_dir and base.attr.st_nlink > 1 else None
+    if inode is None and base is not None and link is not None and index is not None:
         number, key = base.places[0]
-        hit = open_index(upper, index, xattrs).find(lowers[number].handle(key))
-        if hit is not None:
-            inode = Inode(upper, *hit)
+        inode = open_index(upper, index, xattrs).find(lowers[number].handle(key))
+        if inode is not None:
             rule = {"rule": Rule.INDEX.name.lower(), "meaning": Rule.INDEX.value}
-            layers[0] |= {**_facts(upper, *hit), "rules": [rule]}
-    if inode is not None:
-        answer["bytes"] = inode.attr.st_blocks * 512
-        answer["change"], answer["what"] = _change(inode, base, here, xattrs, view)
-    elif base is not None and names and not hits and _is_directory(stack, names[:-1]):
-        answer["change"] = "D"  # an opaque directory hides it
+            layers[0] |= {**_facts(upper, *inode), "rules": [rule]}
+    sizes = [layer.pop("blocks", 0) for layer in layers]
+    answer["bytes"] = _BLOCK * (sum(sizes[: len(below) + 1]) if names else sizes[0])
+    change, now_at = yield from change_at(upper, root, lowers, prefix, index, path, link)
+    if change is not None:
+        answer |= {"change": change.kind, "what": list(change.what)}
+        source = change.source or (None if change.kind == "A" else source)
+    if source is not None and source != path:
+        put_path(answer, "source", source)
+    if now_at is not None:
+        put_path(answer, "to", now_at)
+        answer["change"] = answer["change"] or "R"
     return answer
-
-
-def _is_directory(stack: Stack, names: Path) -> bool:
-    hits = stack.look(stack.roots, names).hits if names else []
-    return not names or (bool(hits) and stat.S_ISDIR(hits[0][2].st_mode))
 
 
 def _looked_for(stack: Stack, number: int, names: Path) -> Path:
@@ -134,86 +129,36 @@ def _facts(layer: LowerLayer, key: Key, attr: Attr) -> dict[str, Any]:
         "gid": attr.st_gid,
         "size": attr.st_size,
         "mtime_ns": attr.st_mtime_ns,
+        "blocks": attr.st_blocks,
     }
     if stat.S_ISLNK(attr.st_mode):
         put_path(facts, "target", layer.readlink(key))
     return facts
 
 
-class _Found:
+class _Found(NamedTuple):
     """The upper's inode at a path, and the path of the same file in the lowers."""
 
-    def __init__(self) -> None:
-        self.inode: Inode | None = None
-        self.is_whiteout = False
-        self.is_renamed = False
-        self.source: bytes | None = b""
+    inode: tuple[Key, Attr] | None
+    source: bytes | None
 
 
-class _Upper:
-    def __init__(self, upper: UpperLayer, root: Key, xattrs: XattrFormat) -> None:
-        self._upper = upper
-        self._root = root
-        self._xattrs = xattrs
-
-    def find(self, names: Path) -> _Found:
-        found = _Found()
-        key: Key | None = self._root
-        for depth, name in enumerate(names):
-            base = found.source
-            found.source = None if base is None else join(base, name)
-            hit = None if key is None else self._upper.lookup(key, name)
-            if hit is None:
-                key = None
-                continue
-            key, attr = hit
-            if is_whiteout(self._upper, key, attr, self._xattrs):
-                found.is_whiteout = True
-                found.inode = Inode(self._upper, key, attr) if depth == len(names) - 1 else None
-                key = None
-                continue
-            notes = notes_of(self._upper, key, self._xattrs) or {}
-            source = None if base is None else source_of(notes, attr, base, self._xattrs)
-            found.is_renamed = source is not None and source != found.source
-            found.source = source if source is not None else found.source
-            if depth == len(names) - 1:
-                found.inode = Inode(self._upper, key, attr)
-            elif not stat.S_ISDIR(attr.st_mode):
-                key = None
-        return found
-
-
-def _change(
-    inode: Inode, base: Lower | None, here: _Found, xattrs: XattrFormat, view: LowerView
-) -> tuple[str | None, list[str]]:
-    """Return the letter of the change, and what differs."""
-    if here.is_whiteout:
-        return ("D" if base is not None else None), []
-    if base is None:
-        return "A", []
-    number, key = base.places[0]
-    old = Inode(view.layers[number], key, base.attr)
-    if not base.is_dir:
-        data_number, data_key = base.places[-1]
-        old.data = view.layers[data_number], data_key
-        notes = notes_of(inode.layer, inode.key, xattrs) or {}
-        if xattrs.is_metacopy(notes, inode.attr):
-            note = xattrs.partial_of(notes)
-            inode.data = old.data
-            inode.end = None if note is None else min(note.end, inode.attr.st_size)
-    what = list(_result(compare(inode, old, xattrs)))
-    if here.is_renamed:
-        return "R", what
-    return ("M" if what else None), what
-
-
-def _result(comparing: Any) -> tuple[str, ...]:
-    while True:
-        try:
-            next(comparing)
-        except StopIteration as end:
-            result: tuple[str, ...] = end.value
-            return result
+def _find(upper: UpperLayer, root: Key, xattrs: XattrFormat, names: Path) -> _Found:
+    source: bytes | None = b""
+    key: Key | None = root
+    inode = None if names else (root, upper.stat(root))
+    for depth, name in enumerate(names):
+        base, source = source, None if source is None else join(source, name)
+        hit = None if key is None else upper.lookup(key, name)
+        inode = hit if depth == len(names) - 1 else None
+        key = None
+        if hit is None or is_whiteout(upper, *hit, xattrs):
+            continue
+        notes = notes_of(upper, hit[0], xattrs) or {}
+        redirected = None if base is None else source_of(notes, hit[1], base, xattrs)
+        source = redirected if redirected is not None else source
+        key = hit[0] if stat.S_ISDIR(hit[1].st_mode) else None
+    return _Found(inode, source)
 
 
 def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> Iterator[str]:
@@ -232,6 +177,8 @@ def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> I
         yield f"  in the lower it is {answer['source']}"
     if answer.get("volatile"):
         yield f"  changes below {answer['volatile']} are in memory only (volatile); the above is the store's"
+    if answer.get("to") is not None and answer["change"] != "R":
+        yield f"  what the lower has here was renamed to {answer['to']}"
     yield f"  {_verdict(answer)}"
 
 
@@ -261,6 +208,8 @@ def _verdict(answer: dict[str, Any]) -> str:
     letter = answer["change"]
     if letter == "D":
         return f"deleted{size}"
+    if letter == "R" and not answer["seen"]:
+        return f"renamed to {answer['to']}{size}"
     if not answer["seen"]:
         return "nothing is shown here"
     if letter == "A":

@@ -60,20 +60,20 @@ class Survey:
         self._held: list[tuple[Key, Lower | None]] = []
         """Directories still to be released."""
 
-    def needs(self, path: bytes) -> Generator[None, None, Needs]:
-        """Return what must be read to list the changes at *path* and below it.
+    def needs(self, path: bytes, *, alone: bool = False) -> Generator[None, None, Needs]:
+        """Return what must be read to list the changes at *path* and, unless it is wanted *alone*, below it.
 
         Yields before each inode, when the caller may do other work. OSError.
         """
         try:
-            return (yield from self._needs(path.split(b"/")))
+            return (yield from self._needs(path.split(b"/"), alone))
         except GONE:
             return Needs.EVERYTHING
         finally:
             while self._held:
                 self._leave(*self._held.pop())
 
-    def _needs(self, names: list[bytes]) -> Generator[None, None, Needs]:
+    def _needs(self, names: list[bytes], alone: bool) -> Generator[None, None, Needs]:
         self._held.append((self._root, self._view.root()))
         for name in names[:-1]:
             yield
@@ -86,7 +86,7 @@ class Survey:
         above = len(self._held)
         if (yield from self._hides(*self._held[-1], names[-1:])):
             return Needs.RENAMES
-        while len(self._held) > above:
+        while len(self._held) > above and not alone:
             directory = self._held.pop()
             try:
                 if (yield from self._hides(*directory, self._names(*directory))):

@@ -110,7 +110,7 @@ class Rebase:
         self._maker = maker
         self._tell = tell
         self._tick = tick
-        self._moved: frozenset[bytes] = frozenset()
+        self._moved: dict[bytes, bytes] = {}
         self._aliases = Aliases()
         self.kept = 0
         """How many names of the store are kept, not counting directories."""

@@ -55,18 +55,18 @@ def rename_source(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) ->
     return source_of(notes, attr, base, xattrs)
 
 
-def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None, None, frozenset[bytes]]:
-    """Return the paths in the lowers of all renamed directories and files.
+def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None, None, dict[bytes, bytes]]:
+    """Return the paths in the lowers of all renamed directories and files, each with its present path.
 
     A rename leaves a whiteout, or a new file, at the old path. Only the new path, which a walk may reach
     earlier or later, shows that the old one was not deleted. So this pass reads the whole upper first: for
     each inode one lookup and the xattrs. Only renamed inodes take memory. Blocks, but yields before each
     inode; OSError.
     """
-    sources = set()
-    waiting: list[tuple[Key, bytes]] = [(root, b"")]
+    found = {}
+    waiting: list[tuple[Key, bytes, bytes]] = [(root, b"", b"")]
     while waiting:
-        directory, base = waiting.pop()
+        directory, path, base = waiting.pop()
         for entry in readdir(layer, directory):
             if entry.type not in {0, stat.S_IFREG, stat.S_IFDIR}:
                 continue
@@ -79,12 +79,13 @@ def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None
                 source = rename_source(notes_of(layer, key, xattrs) or {}, attr, base, xattrs)
             except GONE:
                 continue
+            here = join(path, entry.name)
             if source is not None:
-                sources.add(source)
+                found[source] = here
             if stat.S_ISDIR(attr.st_mode):
-                waiting.append((key, join(base, entry.name) if source is None else source))
+                waiting.append((key, here, join(base, entry.name) if source is None else source))
             else:
                 layer.forget(key)
         if directory is not root:
             layer.forget(directory)
-    return frozenset(sources)
+    return found

@@ -196,15 +196,20 @@ def _open(files: int | None) -> str:
 
 
 def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from cowfs.store.format.sizes import format_size
     from cowfs.store.served.disk_space import Disk, lacks_room
     from cowfs.store.served.fullness import nearly_full
 
     lines = [("path", facts["path"]), ("kind", facts["kind"])]
-    lines.append(_room(facts["size"], facts["free"], own=facts["kind"] == "image"))
+    size = facts["size"]
+    if facts["kind"] == "image":
+        lines.append(("size", format_size(size)))
+        size = facts["used"] + facts["free"]  # what a mount has, without the filesystem's own tables
+    lines.append(_room(size, facts["free"], own=facts["kind"] == "image"))
     if facts["kind"] == "image":
         lines.append(("inodes", f"{facts['free_inodes']} of {facts['inodes']} are free"))
-        used, of = facts["size"] - facts["free"], facts["inodes"]
-        said = nearly_full(facts["path"], used, facts["size"], of - facts["free_inodes"], of)
+        used, of = facts["used"], facts["inodes"]
+        said = nearly_full(facts["path"], used, size, of - facts["free_inodes"], of)
         lines += _disk_lines(facts["disk"])
         on_disk = Disk(**facts["disk"]) if facts["disk"] else None
         said = lacks_room(on_disk) or said

@@ -51,9 +51,9 @@ def test_each_thing_has_its_reason(tmp_path: Path, kind: str) -> None:
         (here.path / "large").chmod(0o600)
         told = usage(here.path)
         found = reasons(told)
-        assert found["etc/fstab"] == found["bin/lib/so"] == "changed"
+        assert found["etc/fstab"] == found["bin/lib/so"] == found["old/f"] == "changed"
         assert found["etc/hosts"] == found["bin/tool"] == "whiteouts"
-        assert found["etc/new/deep/file"] == found["etc/new"] == found["old/n"] == "new"
+        assert found["etc/new/deep/file"] == found["etc/new"] == found["old/n"] == found["usr"] == "new"
         assert found["large"] == "metadata" and found["bin"] == found["etc"] == "directories"
         if kind == "image":
             room = os.statvfs(here.path)
@@ -68,6 +68,8 @@ def test_each_thing_has_its_reason(tmp_path: Path, kind: str) -> None:
         assert {"by sh", "by mkdir"} <= {line.split(maxsplit=2)[2] for line in programs.splitlines()}
     later = usage(store)
     assert reasons(later) == found
+    if kind == "image":
+        assert json.loads(cowfs("info", store, "--json", check=True).stdout)["used"] == total(later)
     back = cowfs("revert", store, "--all", "--json", check=True)
     lines = [json.loads(line) for line in back.stdout.splitlines()]
     assert {"version": 1, "path": "etc/hosts", "kind": "", "size": 0, "why_not": None} in lines

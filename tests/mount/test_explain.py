@@ -36,7 +36,7 @@ def rules(answer: dict[str, Any]) -> list[list[str]]:
 
 @pytest.mark.parametrize("kind", ["image", "directory"])
 def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
-    script(MAKE, tmp_path)
+    script(f"{MAKE} head -c 100000 /dev/zero >huge", tmp_path)
     store = make_store(tmp_path, kind)
     paths = [
         "etc/fstab",
@@ -51,19 +51,32 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
         "nothing",
         "script",
         "etc/fstab/below a file",
+        "usr",
+        "bin",
+        "huge",
+        "giant",
     ]
     with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
-        script(WORK, here.path)
+        script(f"{WORK} mv huge giant; echo anew >huge", here.path)
         live = explained(here.path, *paths)
         assert explained(here.path / "etc/fstab") == live[:1]
+        lines = cowfs("explain", here.path, "usr", "huge").stdout.splitlines()
+        assert "  renamed to bin" in lines and "  what the lower has here was renamed to giant" in lines
     assert explained(store, *paths) == live
     answers = dict(zip(paths, live, strict=True))
     assert {path: answer["change"] for path, answer in answers.items()} == {
         "etc/fstab": "M", "etc/hosts": "D", "bin/tool": None, "bin/lib/so": "M", "old/f": "D", "big": "M",
         "first": "M",
         "added": "A", "etc": None, "nothing": None, "script": None,
-        "etc/fstab/below a file": None,
+        "etc/fstab/below a file": None, "usr": "R", "bin": "R", "huge": "A", "giant": "R",
     }  # fmt: skip
+    listed = map(json.loads, cowfs("diff", store, "--json", check=True).stdout.splitlines())
+    kinds = {each["path"]: (each["kind"], each["what"]) for each in listed}
+    now_at = {"usr": "bin", "huge": "giant"}
+    for path in answers.keys() - {"usr"}:
+        assert (answers[path]["change"], answers[path]["what"]) == kinds.get(path, (None, [])), path
+    assert {path: answer["to"] for path, answer in answers.items() if "to" in answer} == now_at
+    assert (answers["bin"]["source"], answers["giant"]["source"]) == ("usr", "huge")
     assert rules(answers["etc/fstab"]) == [["shown"], []]
     assert rules(answers["etc/hosts"]) == [["whiteout"], []]
     assert answers["etc/hosts"]["layers"][0]["type"] == "whiteout" and not answers["etc/hosts"]["seen"]

@@ -390,7 +390,7 @@ def test_info_of_an_image(store: Path) -> None:
     shown = json.loads(cowfs("info", store, "--json", check=True).stdout)
     assert shown["path"] == str(store)
     assert (shown["format"], shown["version"], shown["lowers"]) == ("overlayfs", 1, [])
-    assert shown["used"] + shown["free"] == shown["size"] == 32 * MIB
+    assert shown["used"] + shown["free"] < shown["size"] == 32 * MIB
     assert 0 < shown["free_inodes"] < shown["inodes"]
     assert shown["created_by"].startswith("cowfs ")
 

@@ -46,7 +46,8 @@ def base(nobody_path: Path) -> Path:
 def test_an_image_has_a_size_for_people_and_bytes_for_programs(tmp_path: Path) -> None:
     cowfs("create", tmp_path / "s.bs", "32", check=True)
     shown = info(tmp_path / "s.bs")
-    assert re.fullmatch(r"[\d.]+ [KM]iB of 32 MiB \(\d+ %\)", shown["used"]), shown["used"]
+    assert re.fullmatch(r"[\d.]+ KiB of 2\d\.\d MiB \(0 %\)", shown["used"]), shown["used"]
+    assert shown["size"] == "32 MiB"
     assert re.fullmatch(r"\d+ of 8192 are free", shown["inodes"])
     assert facts(tmp_path / "s.bs")["size"] == 32 << 20
 

@@ -32,15 +32,16 @@ def store_info(spec: str) -> dict[str, Any]:
 
     Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid lowers
     in_use_by problem partial xattr_prefix layers checkpoints fresh stores``. Sizes are in bytes; unknown
-    values are None. A directory's *size*, *free* and inodes are those of its filesystem, so its *used* is
-    unknown. *format* is ``overlayfs``, ``aufs``, ``mixed`` (both, which cannot be used), ``converting``
-    (cowfs.store.format.conversion), ``none yet`` (an empty filesystem) or ``foreign``. *state* is that of the
-    filesystem; it is ``in use`` while mounted. An image is described as if its journal had been replayed.
-    *problem* says why the contents are unknown. *partial* has the number of partial ``files``, and the number
-    of ``bytes`` missing in them. *layers* are the numbers of the checkpoints' layers below the upper,
-    *checkpoints* their names, and *fresh* says whether a crash interrupted the making of one. *stores* are
-    the names of the stores in the image (``-o subdir=``). StoreError if *spec* cannot be read or is not a
-    store.
+    values are None. *used* is what ``df`` says of a mount: without the filesystem's own tables. A
+    directory's *size*, *free* and inodes are those of its filesystem, so its *used* is unknown. *format*
+    is ``overlayfs``, ``aufs``, ``mixed`` (both, which cannot be used), ``converting``
+    (cowfs.store.format.conversion), ``none yet`` (an empty filesystem) or ``foreign``. *state* is that of
+    the filesystem; it is ``in use`` while mounted. An image is described as if its journal had been
+    replayed. *problem* says why the contents are unknown. *partial* has the number of partial ``files``,
+    and the number of ``bytes`` missing in them. *layers* are the numbers of the checkpoints' layers below
+    the upper, *checkpoints* their names, and *fresh* says whether a crash interrupted the making of one.
+    *stores* are the names of the stores in the image (``-o subdir=``). StoreError if *spec* cannot be
+    read or is not a store.
     """
     path = os.path.abspath(spec)
     with ExitStack() as stack:
@@ -56,7 +57,7 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
     stack.callback(os.close, fd)
     superblock = read_superblock(fd, path, smallest=0)
     user = lock.holder(tools.place(fd))
-    free, free_inodes = superblock.free_blocks, superblock.free_inodes
+    free, free_inodes, overhead = superblock.free_blocks, superblock.free_inodes, 0
     inside: dict[str, Any] = {"format": None, **_facts(None), "problem": None, "partial": None}
     inside |= _layers(None, None)
     try:
@@ -71,12 +72,12 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
         if copied:
             inside["problem"] = str(copy_detection.torn_copy(path))
         facts = layer.image.facts()
-        free, free_inodes = facts.free_blocks, facts.free_inodes
+        free, free_inodes, overhead = facts.free_blocks, facts.free_inodes, facts.overhead
     return {
         "path": path,
         "kind": "image",
         "size": superblock.size,
-        "used": (superblock.blocks - free) * superblock.block_size,
+        "used": (superblock.blocks - overhead - free) * superblock.block_size,
         "free": free * superblock.block_size,
         "inodes": superblock.inodes,
         "free_inodes": free_inodes,
