@@ -74,7 +74,7 @@ report_unreadable() {
         nothing | swap | *_member) ;;
         crypto_LUKS) [ -z "$named" ] || "$1" "$device is encrypted (LUKS): it must be opened first" ;;
         error) "$1" "$device cannot be read: no disk is in it, or it is damaged" ;;
-        unknown) [ "$(fact "$place/size")" -lt 32768 ] || "$1" "$device holds nothing that is known here" ;;
+        unknown) [ "$(fact "$place/size")" -lt 32768 ] || "$1" "$device has no known filesystem" ;;
         *)
             driver=$type
             [ "$type" != ntfs ] || driver=ntfs3
@@ -383,7 +383,7 @@ make_root() {
             return 1
             ;;
         shell)
-            say 'A shell, to see to it. exit: look for the store again; exit 1: go on, with changes in memory'
+            say 'starting a shell to fix this; exit: search for the store again; exit 1: continue, with changes in memory'
             if sh </dev/console >/dev/console 2>&1; then
                 rm -f "$COWFS_RUN/motd.d/cowfs" # everything is tried again
             else

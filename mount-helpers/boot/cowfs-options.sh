@@ -53,7 +53,6 @@ warn() {
     set -- "$(harmless "$*")"
     ! grep -qxF "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" 2>/dev/null || return 0 # already reported
     say "WARNING: $*"
-    grep -sqxF -e "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" && return
     mkdir -p "$COWFS_RUN/motd.d" && printf 'cowfs: %s\n' "$*" >>"$COWFS_RUN/motd.d/cowfs"
 }
 
@@ -281,7 +280,7 @@ is_raid_member() {
     return 1
 }
 
-# Print the type of the device's $1 contents as blkid(8) does, or: nothing, unknown, or error, if it cannot be read.
+# Print the type of the contents of the device $1 as blkid(8) does, or nothing, unknown, or error (if reading fails).
 type_of() {
     head=$top/head
     dd if="$(node "$1")" of="$head" bs=1k count=68 2>/dev/null || {

@@ -332,9 +332,9 @@ def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
     """The named store does not exist: the boot opens a shell, and then follows the user's choice."""
     options = f"{PLAIN} backstore=alldev,/nowhere.bs backstore.wait=1"
     with boot(options, test=f"{GUEST}\n tell_root", devices=hard_disk(image_disk, "image")) as machine:
-        machine.wait_for("A shell, to see to it")
+        machine.wait_for("starting a shell to fix this")
         machine.type("exit")
-        machine.wait_for("(?s)A shell, to see to it.*A shell, to see to it")
+        machine.wait_for("(?s)starting a shell to fix this.*starting a shell to fix this")
         machine.type("echo in the $((40 + 2)) shell; exit 1")
         machine.wait()
         machine.shows("no disk that was looked at has the store /nowhere.bs", "in the 42 shell")

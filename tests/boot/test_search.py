@@ -123,8 +123,8 @@ CONTENTS = {
     "btrfs": ({65600: b"_BHRfS_M"}, "sdz (btrfs) cannot be read by this kernel"),
     "ext4": ({1080: b"\x53\xef"}, "sdz (ext4) cannot be mounted: its filesystem is damaged"),
     "BitLocker": ({3: b"-FVE-FS-"}, "sdz (BitLocker) cannot be read by this kernel"),
-    "a text": ({0: b"dear diary\n"}, "sdz holds nothing that is known here"),
-    "binary": ({70: b"\xff\x00\xfe"}, "sdz holds nothing that is known here"),
+    "a text": ({0: b"dear diary\n"}, "sdz has no known filesystem"),
+    "binary": ({70: b"\xff\x00\xfe"}, "sdz has no known filesystem"),
     # and a disk that must not be read
     "swap": ({4086: b"SWAPSPACE2"}, ""),
     "LVM": ({512: b"LABELONE"}, ""),
