@@ -247,8 +247,8 @@ def apply(
     CowfsError, and OSError with the path of what cannot be read or changed.
     """
     from cowfs.exports.apply import Apply, Compared
+    from cowfs.exports.apply_backup import back_up
     from cowfs.exports.choose import chosen
-    from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
     from cowfs.exports.target import must_be_elsewhere
 
@@ -276,7 +276,7 @@ def apply(
                 root = _tree_of(named, stack)
                 target = _root(root, stack)
             if backup:
-                for line in keep(items, after, target, named, backup, tick):
+                for line in back_up(items, after, target, named, backup, tick):
                     tell(f"{backup}: {line}")
             try:
                 Apply(target, Compared(before), losses, tick).run(items, after, withheld)
@@ -362,13 +362,13 @@ def undo_apply(
     *trust* set-ID bits, capabilities and devices are restored even if others can change the backup. Blocks.
     Raises CowfsError, and OSError with the path of what cannot be changed.
     """
-    from cowfs.exports.kept import bring_back, must_be_kept
+    from cowfs.exports.apply_backup import must_be_backup, restore
     from cowfs.linux.trust import forbidden
 
-    must_be_kept(backup, root)
+    must_be_backup(backup, root)
     with ExitStack() as stack:
         withheld = {} if trust else forbidden([os.path.abspath(backup)], (0, os.geteuid()))
-        return bring_back(backup, _root(_tree_of(root, stack), stack), root, tick, withheld)
+        return restore(backup, _root(_tree_of(root, stack), stack), root, tick, withheld)
 
 
 def _root(path: str, stack: ExitStack) -> Root:

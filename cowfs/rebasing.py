@@ -294,7 +294,7 @@ def _make(work: _Work, plan: Sequence[Step]) -> Prepared:
         new = layers.prepare(step.top.key, _on(step, numbers), fresh=False)
         numbers[step.number] = new.number
         _fill(work, step, new)
-        rebased.call(store.layer, layers, new.key, new.number, step.top, store.xattr_prefix)
+        rebased.set_future_name(store.layer, layers, new.key, new.number, step.top, store.xattr_prefix)
     new = layers.prepare(store.upper, _on(plan[-1], numbers))
     _fill(work, plan[-1], new)
     return new

@@ -72,7 +72,7 @@ def _next(store: Store, kept: set[int]) -> tuple[Checkpoint, int] | None:
     layers = store.layers
     for one in layers.all().values():
         if not one.name and one.number not in kept:
-            children = layers.standing_on(one.number, store.upper)
+            children = layers.directly_above(one.number, store.upper)
             if len(children) == 1:
                 return one, children[0]
     return None

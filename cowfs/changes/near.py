@@ -134,7 +134,7 @@ class Survey:
         if low is None:
             return True
         if not stat.S_ISREG(low.attr.st_mode):
-            return not low.is_dir  # of files and directories alone it is recorded where they are now
+            return not low.is_dir  # only files and directories record where they were
         number, original = low.places[0]
         handle = self._view.layers[number].handle(original)
         if handle is None or not stat.S_ISREG(attr.st_mode):

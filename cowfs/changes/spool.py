@@ -71,8 +71,8 @@ _PIECE = 64 << 10
 
 
 class Packed:
-    """Lines kept in memory, compressed: a daemon that is shut in has nowhere to put a file, and the store may
-    be full. A path takes some 10 to 30 bytes. Iterating begins with the first, and may be done by several."""
+    """Lines kept in memory, compressed: a confined daemon cannot create a temporary file, and the store may
+    be full. A path takes some 10 to 30 bytes. Each iteration begins with the first line; several may run."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []

@@ -134,13 +134,13 @@ class Batch:
         self.layer.rmdir(self._parent, self.name, self.key)
 
     def give_up(self) -> None:
-        """Let nobody undo it any more, in one step."""
+        """Give up the batch, in one step: nobody can undo it any more."""
         name = self.name + _GIVEN_UP
         self.layer.rename((self._parent, self.name), (self._parent, name), 0, moved=self.key)
         self.name = name
 
     def counted(self) -> Iterator[int]:
-        """Count what is in it, now and then: yields how many more. Blocks."""
+        """Count what is in it; yield now and then how many more were found. Blocks."""
         waiting = [self.key]
         while waiting:
             directory, entries = waiting.pop(), []

@@ -1,4 +1,4 @@
-"""Remove from a store what says nothing: unchanged copies, whiteouts of nothing, bare directories."""
+"""Remove from a store what makes no difference: unchanged copies, useless whiteouts, bare directories."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Vacuum:
 
     def run(self) -> Progress:
         levels: list[tuple[bytes, Node, Iterator[bytes]]] = [self._level(b"", self._fs.root)]
-        stats = None if self._fs.upper.has_descriptors else self._fs.upper.statfs()  # of an image alone
+        stats = None if self._fs.upper.has_descriptors else self._fs.upper.statfs()  # only an image knows
         whole, looked_at = 0 if stats is None else stats.files - stats.ffree, 0
         while levels:
             path, directory, names = levels[-1]
@@ -58,7 +58,7 @@ class _Vacuum:
                 if path:
                     yield from self._directory(path, directory)
                 continue
-            with suppress(OSError):  # it went meanwhile
+            with suppress(OSError):  # removed meanwhile
                 child = yield from self._entry(directory, name, join(path, name))
                 if child is not None:
                     levels.append(self._level(join(path, name), child))
@@ -97,7 +97,7 @@ class _Vacuum:
         return None
 
     def _may_go(self, node: Node, below: Hit) -> bool:
-        """Whether a copy can be removed if it is as what is below it: no inode in use changes its number."""
+        """Whether a copy that equals what is below it can be removed: no inode in use changes its number."""
         if node.indexed is not None or node.partial is not None or node.copying is not None:
             return False
         if node.lookups and node.ino != number_of(self._fs, below):
@@ -112,7 +112,7 @@ class _Vacuum:
         found = fs.stack.find(parent.lowers, name)
         below = found[0]
         if attr.st_nlink > 1 or below[2].st_nlink > 1:
-            return False  # which names are of one file is seen too, and their number
+            return False  # users also see which names are one file, and how many
         new = Inode(fs.upper, key, attr)
         old = Inode(fs.lowers[below[0]], below[1], below[2])
         if len(found) > 1 and stat.S_ISREG(below[2].st_mode):

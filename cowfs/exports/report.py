@@ -92,7 +92,7 @@ class _Table:
         """The rows in the order of their keys."""
 
     def add(self, change: Change, row: list[str]) -> None:
-        """Add a row, with what is told of it first."""
+        """Add a row. *row* are the fields that are known already."""
         self.rows.add(json.dumps(row).encode())
         self._keys.append(hash((change.path, change.kind == "D")))
         for numbers, value in zip(
@@ -101,8 +101,8 @@ class _Table:
             numbers.append(value)
         self.compared.append(change.kind in "AD" or bool({"content", "target", "type"} & set(change.what)))
 
-    def is_complete(self) -> None:
-        """From now on, rows can be found."""
+    def complete(self) -> None:
+        """End adding rows; from now on :meth:`find` works."""
         self._order = array("I", sorted(range(len(self._keys)), key=self._keys.__getitem__))
 
     def find(self, path: bytes, *, gone: bool) -> int | None:
@@ -160,7 +160,7 @@ def write_report(
     with closing(table.rows):
         found = summary.counted(wanted.of(changes.within(wanted.places)))
         with closing(Spool(_listed(table, found, tick))) as listed:
-            table.is_complete()
+            table.complete()
             reached = _fill(table, listed, changes, tick)
         timeline = Timeline(table.done_by)
         if facts.records is not None:

@@ -25,8 +25,8 @@ class Timeline:
     """Counts records by time, in a limited number of bins, and by program."""
 
     def __init__(self, note: Callable[[bytes, str], object] | None = None) -> None:
-        """*note* is told of each path, and of the program that did something to it, the last first; without
-        it, *who* has the last of each."""
+        """*note* is called with each path and the program that changed it, the newest first. Without it,
+        *who* records the last program of each path."""
         self._width = 1
         """The width of a bin in milliseconds."""
         self._bins: dict[int, Counter[str]] = {}

@@ -159,8 +159,8 @@ class Daemon:
 
     @cached_property
     def handlers(self) -> HandlerTable:
-        """The handlers that pyfuse3 calls: the adapter's, with what traces or fails them."""
-        if type(self.adapter) in {Adapter, FakerootAdapter}:  # what traces or fails requests must see all
+        """The handlers that pyfuse3 calls: the adapter's, with tracing and fault injection."""
+        if type(self.adapter) in {Adapter, FakerootAdapter}:  # tracing and fault injection must see all
             libfuse.answer_no_capability()
         if type(self.adapter) is Adapter:
             self.adapter.serve_inodes()

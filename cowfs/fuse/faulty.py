@@ -33,7 +33,7 @@ OPERATIONS = {
     "fsyncdir": "fsync", "opendir": "readdir", "getxattr": "getxattr", "listxattr": "listxattr",
     "setxattr": "setxattr", "removexattr": "removexattr", "statfs": "statfs",
 }  # fmt: skip
-"""What people call the handlers."""
+"""The handlers, and the operation that each of them serves."""
 OTHERS = ("chmod", "chown", "utimens", "truncate", "fallocate")
 _SYNCS = ("fsync", "fsyncdir", "_beyond")
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC

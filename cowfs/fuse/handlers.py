@@ -224,7 +224,7 @@ class Handlers(pyfuse3.Operations):
             return False
 
     _said: Callable[[], Iterable[Any]] = staticmethod(libfuse.said)
-    """Return what the request that has just come says: the fields of :class:`Said`."""
+    """Return the details of the request that has just arrived: the fields of :class:`Said`."""
 
 
 class HandlerTable(pyfuse3.Operations):

@@ -1,7 +1,7 @@
 """Features of libfuse that pyfuse3 does not offer. They need the small C module beside this file.
 
 - The kernel caches the listing of a directory (FOPEN_CACHE_DIR), and the next listing sends no request.
-Only cowfs changes the tree, so the cache is always right; it serves one reader at a time.
+  Only cowfs changes the tree, so the cache is always right; it serves one reader at a time.
 - Reads of a file that has a descriptor are served without Python, and so are most requests for files in the
   store's image (``store_inodes.c``). For other frequent requests, C calls Python without pyfuse3
   (``shortcuts.c``).

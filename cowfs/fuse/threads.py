@@ -20,7 +20,7 @@ from cowfs.overlay.fs import Steps
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 _SOON = 0.02
-"""Seconds after which is done what nobody waits for."""
+"""How many seconds calls that nobody waits for are delayed."""
 
 SLICE = 0.001
 """How many seconds of long work this thread does before others have a turn."""

@@ -80,7 +80,7 @@ class ArchiveLayer:
     data_only = False
     generation: int | None = None
     uuid = NO_UUID
-    """That of its handles: another, if they could be taken for those of another lower."""
+    """The one in its handles. It is changed if they could be mistaken for those of another lower."""
     number = 0
     """Which lower it is, counted from the topmost, if it has another UUID."""
 
@@ -177,7 +177,7 @@ class ArchiveLayer:
         """Do nothing: all inodes stay in memory."""
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """Return how often what was needed of a file on a server was at hand, and how often not."""
+        """Return cache hits and misses of a file on a server, by kind."""
         return self._archive.data.caches()
 
     def shrink(self) -> None:

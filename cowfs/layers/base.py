@@ -111,8 +111,8 @@ class LowerLayer(Protocol):
     dev: int
     """``st_dev`` of the attributes it gives, except for subvolumes of btrfs."""
     generation: int | None
-    """Together with an inode's number this says for all times which inode is meant; an upper's inodes have
-    one each (``st_gen``). None if unknown."""
+    """Identifies an inode for all time, together with its number; each inode of an upper has its own
+    (``st_gen``). None if unknown."""
     waits: bool
     """Whether its calls may wait for other machines or programs: threads read the data of its files."""
     has_descriptors: bool
@@ -184,7 +184,7 @@ class UpperLayer(LowerLayer, Protocol):
     at once.
     """
     pressed: Sequence[int]
-    """Its first element is not 0 while something should be put on disk before more changes: see relieve."""
+    """Its first element is not 0 if pending changes should be written before more are made: see relieve."""
 
     def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, File]:
         """Create an empty regular file, and open it for reading and writing. EEXIST if *name* exists."""
@@ -368,7 +368,7 @@ class QuickUpper(UpperLayer, Protocol):
         ...
 
     def remove_file(self, directory: Key, name: bytes, key: Key) -> bool:
-        """Remove a name of a file, whose inode is in use by its *key*. Whether that was its last name."""
+        """Remove a name of a file whose inode is in use by its *key*; return whether it was the last one."""
         ...
 
     def plain(self, directory: Key, names: Sequence[bytes]) -> list[tuple[Key, int, int]]:

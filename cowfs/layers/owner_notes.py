@@ -42,7 +42,7 @@ class Note(NamedTuple):
 
 _FORM = re.compile(rb"(\d{1,10}):(\d{1,10})(?::([0-7]{5,6})(?::(\d{1,4}):(\d{1,7}))?)?")
 _LAST_ID = (1 << 32) - 2
-"""The one behind it is nobody's: to chown(2) it is -1."""
+"""The largest user or group number. The next one means -1, no change, to chown(2)."""
 _MAJORS, _MINORS = 1 << 12, 1 << 20
 """How many the kernel has (MINORBITS in linux/kdev_t.h)."""
 _PERMISSIONS = 0o777
@@ -295,8 +295,8 @@ class OwnerNotes:
         self._replace(key, real, Note(now.st_uid, now.st_gid, real.st_mode, real.st_rdev))
 
     def special(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key | None:
-        """Create a stand-in for a device, which only root may create; None if the caller shall try it for
-        real."""
+        """Create a stand-in for a device, which only root may create; None if the caller should try to create
+        the device itself."""
         device = stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and rdev != 0)
         if self._spare is None or not device:
             return None

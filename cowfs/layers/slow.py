@@ -318,7 +318,7 @@ _unclosed: list[SlowLayer] = []
 
 
 def must_stay_open() -> bool:
-    """Whether the process must exit without closing its files, because that could block for ever."""
+    """Whether the process must exit without closing its files, because that could block forever."""
     return bool(_unclosed)
 
 

@@ -157,7 +157,7 @@ class SquashfsLayer:
     has_descriptors = False
     data_only = False
     uuid = NO_UUID
-    """That of its handles: another, if they could be taken for those of another lower."""
+    """The one in its handles. It is changed if they could be mistaken for those of another lower."""
     number = 0
     """Which lower it is, counted from the topmost, if it has another UUID."""
 

@@ -2,7 +2,7 @@
 
 Each is kept by a descriptor. A user who holds many of them (cowfs is not told of open(2) with O_PATH) must
 not use up all descriptors, so beyond some number they use none. A file then gets a hidden name until it is
-released. For a directory, which stays empty for ever, only its attributes are kept.
+released. For a directory, which stays empty, only its attributes are kept.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ def inodes_below(layer: LowerLayer, top: Key) -> Iterator[tuple[Key, Attr]]:
     """Yield each inode below a directory once for each of its names, a directory before its contents.
 
     Each key is valid until the next one is yielded. Inodes that are removed meanwhile are skipped. Holds
-    the keys of the
-    directories that are still to be read. Blocks as the layer does; raises its :class:`OSError`.
+    the keys of the directories that are still to be read. Blocks as the layer does; raises its
+    :class:`OSError`.
     """
     waiting = [top]
     while waiting:

@@ -2,7 +2,7 @@
 
 That union has the layers of the first one, and below its own upper also the first one's upper, so it shows
 everything that was there before. Its nodes have numbers of their own
-(:data:`~cowfs.overlay.node.APART`) in the same table. Each directory of it that users shall see is a
+(:data:`~cowfs.overlay.node.APART`) in the same table. Each directory of it that users see is a
 *border*. A border is entered among the children of the first union's directory, where every search for the
 name finds it. Each call is passed on to the union that its node belongs to, so neither union needs to know
 the other.

@@ -44,9 +44,9 @@ class Index(NamedTuple):
 
 
 def names_of(handle: FileHandle | None) -> Iterator[tuple[bytes, bool]]:
-    """Yield the names that the index may have for a lower inode, and whether it is one of an old cowfs.
+    """Yield the names that the index may have for a lower inode, and whether an old cowfs made the name.
 
-    That gave the inodes of all images handles without a UUID: :func:`is_of_lower` tells of which one it is.
+    Old versions made handles without a UUID for all images: :func:`is_of_lower` tells the images apart.
     """
     if handle is not None:
         yield index_name(make_origin(handle)), False
@@ -55,7 +55,7 @@ def names_of(handle: FileHandle | None) -> Iterator[tuple[bytes, bool]]:
 
 
 def is_of_lower(upper: LowerLayer, key: Key, number: int, xattrs: XattrFormat) -> bool:
-    """Whether a copied-up inode says that it is of this lower."""
+    """Whether the notes of a copied-up inode say that it came from this lower."""
     try:
         return parse_count(upper.getxattr(key, xattrs.layer)) == number
     except OSError:

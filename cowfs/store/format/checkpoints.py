@@ -160,7 +160,7 @@ class Layers:
                 return checkpoint
         raise no_such(name)
 
-    def standing_on(self, number: int, upper: Key) -> list[int]:
+    def directly_above(self, number: int, upper: Key) -> list[int]:
         """Return the numbers of the layers directly above this one; 0 is the upper."""
         found = [one.number for one in self.all().values() if one.below[:1] == (number,)]
         return [*found, *([UPPER] if self.below(upper)[:1] == (number,) else [])]

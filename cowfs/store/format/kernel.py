@@ -85,7 +85,7 @@ def commands(
 
 
 def _check(path: str, offset: Any) -> None:
-    """LayerError if this kernel cannot mount the image at *path*; what is not there is not asked."""
+    """LayerError if this kernel cannot mount the image at *path*; a missing image is not checked."""
     try:
         why, _ = refused(path, offset if isinstance(offset, int) else 0)
     except (LayerError, OSError, ValueError):

@@ -44,8 +44,10 @@ def announce(layer: UpperLayer, upper: Key, header: Header, first: int) -> None:
     layer.setxattr(upper, header.xattrs.encode() + layout.IS_REBASED, b"%d" % first)
 
 
-def call(layer: UpperLayer, layers: Layers, made: Key, number: int, one: Checkpoint, prefix: bytes) -> None:
-    """Complete a layer. With the exchange, it gets the name of the checkpoint *one*. Blocks."""
+def set_future_name(
+    layer: UpperLayer, layers: Layers, made: Key, number: int, one: Checkpoint, prefix: bytes
+) -> None:
+    """Complete a layer, which the exchange will give the name of the checkpoint *one*. Blocks."""
     layers.name(made, number, "", one.taken)
     content = json.dumps({"name": one.name, "taken": one.taken})
     layer.setxattr(made, prefix + _BECOMES, content.encode())

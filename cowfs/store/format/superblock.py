@@ -47,10 +47,10 @@ class Superblock:
     inodes: int
     free_inodes: int
     needs_recovery: bool
-    """The journal holds what is not yet in place, whatever the flag says that is for this: it was not
-    unmounted, or it is mounted now."""
+    """Whether the journal holds changes that are not in place yet, whatever its flag says: the image was not
+    unmounted, or is mounted now."""
     has_errors: bool
-    """The kernel has found it damaged, or it was never cleanly unmounted."""
+    """Whether the kernel has found it damaged, or it was never cleanly unmounted."""
     uuid: str
 
     @property
@@ -127,8 +127,9 @@ def needs_recovery(fd: int) -> bool:
 
 
 def _journal(fd: int, superblock: bytes) -> tuple[int, int]:
-    """Return where the journal's log begins (0: there is none to be replayed), and the error that it was
-    given up for, or 0. Zeros for a journal that cannot be found.
+    """Return where the journal's log begins (0: nothing to replay), and the error that stopped it, or 0.
+
+    Both are 0 for a journal that cannot be found.
     """
     _, _, _, _, _, first, log_size = _COUNTS.unpack_from(superblock)
     (journal,) = _JOURNAL_INODE.unpack_from(superblock, 224)
@@ -137,7 +138,7 @@ def _journal(fd: int, superblock: bytes) -> tuple[int, int]:
     block_size = 1024 << log_size
     try:
         (table,) = _INODE_TABLE.unpack(os.pread(fd, 4, (first + 1) * block_size + 8))
-        inode = table * block_size + (journal - 1) * size  # the journal's is one of the first group
+        inode = table * block_size + (journal - 1) * size  # the journal's inode is in the first group
         (block,) = _FIRST_BLOCK.unpack(os.pread(fd, 4, inode + 40))
         magic, _, _, _, _, _, _, start, error = _JOURNAL.unpack(
             os.pread(fd, _JOURNAL.size, block * block_size)
@@ -148,7 +149,7 @@ def _journal(fd: int, superblock: bytes) -> tuple[int, int]:
 
 
 def flag_recovery(fd: int) -> None:
-    """Set the flag for it in an image that needs recovery: e2fsck asks a question where it is not set."""
+    """Set the flag *needs_recovery* in an image that needs it: without the flag, e2fsck asks a question."""
     data = os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK)
     found = features.read(data)
     if found and not found.incompatible & features.NEEDS_RECOVERY and _journal(fd, data)[0]:

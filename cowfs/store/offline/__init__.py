@@ -1,1 +1,1 @@
-"""Work on a store that no mount uses, or from beside the mount: create, grow, check, describe, keep."""
+"""Work on a store, most of it while no mount uses the store: create, grow, check, describe, copy, convert."""

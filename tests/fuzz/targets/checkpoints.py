@@ -58,7 +58,7 @@ def _use(layer: DirectoryLayer) -> None:
     known = layers.all()
     for number, one in known.items():
         assert len(set(one.below)) == len(one.below)
-        layers.standing_on(number, upper)
+        layers.directly_above(number, upper)
     for told in listed(layers, upper):
         assert printable(told["name"]).isprintable() or not told["name"]
     for since in (None, "a", "b"):

@@ -52,11 +52,11 @@ class _All:
         return None
 
 
-def keep(items: Plan, after: Tree, root: Root, named: str, directory: str, tick: Tick) -> Losses:
+def back_up(items: Plan, after: Tree, root: Root, named: str, directory: str, tick: Tick) -> Losses:
     """Make *directory*, with all that these changes replace in *root*; return what it cannot hold. Blocks.
 
-    Users know the root as *named*, which may be the store that is mounted there. The directory is whole and
-    on disk in the end, or not there. Raises CowfsError, and OSError with the path.
+    *named* is the root as the user gave it: perhaps the store that is mounted there. At the end *directory*
+    is complete and on disk, or does not exist. Raises CowfsError, and OSError with the path.
     """
     losses = Losses()
     if os.path.lexists(os.path.join(os.fsencode(directory), _ROOT)):
@@ -70,20 +70,20 @@ def keep(items: Plan, after: Tree, root: Root, named: str, directory: str, tick:
         os.mkdir(_TREE, 0o700, dir_fd=top)
         fd = os.open(_TREE, _DIRECTORY, dir_fd=top)
         stack.callback(os.close, fd)
-        kept: set[bytes] = set()
+        saved: set[bytes] = set()
         absent = []
         for path, item in items.items():
             node = tree.node(path)
             if node is None:
                 absent.append(path)
                 continue
-            kept.add(path)
+            saved.add(path)
             to_be = after.node(path) if item is Item.NODE else None
             if node.is_dir and (to_be is None or not to_be.is_dir):
-                kept.update(below for below, _ in everything(tree, path))
+                saved.update(below for below, _ in everything(tree, path))
         upper = Upper(fd, losses, tick, whole=True)
         try:
-            feed([(path, Item.NODE) for path in _in_order(kept)], tree, upper, losses, tick, None)
+            feed([(path, Item.NODE) for path in _in_order(saved)], tree, upper, losses, tick, None)
         finally:
             upper.close()
         _write(top, _ABSENT, b"".join(path + b"\0" for path in absent))
@@ -91,14 +91,14 @@ def keep(items: Plan, after: Tree, root: Root, named: str, directory: str, tick:
     return losses
 
 
-def must_be_kept(directory: str, named: str) -> None:
-    """Raise UsageError unless *directory* was kept of the root that users know as *named*."""
+def must_be_backup(directory: str, named: str) -> None:
+    """Raise UsageError unless *directory* is a backup of the root that the user gave as *named*."""
     with ExitStack() as stack:
         _open(directory, named, stack)
 
 
 def _open(directory: str, named: str, stack: ExitStack) -> tuple[list[bytes], int]:
-    """Return which paths were absent, and a descriptor of the tree that was kept."""
+    """Return which paths were absent, and a descriptor of the tree in the backup."""
     try:
         top = os.open(directory, _DIRECTORY)
         stack.callback(os.close, top)
@@ -114,13 +114,13 @@ def _open(directory: str, named: str, stack: ExitStack) -> tuple[list[bytes], in
     return absent, tree
 
 
-def bring_back(
+def restore(
     directory: str, root: Root, named: str, tick: Tick, withheld: Withheld
 ) -> tuple[list[bytes], Losses]:
-    """Let *root* have again what :func:`keep` has kept; return the directories that stay, as something new
-    is in them, and what could not be made. Blocks; to do it again completes it.
+    """Restore in *root* what :func:`back_up` saved; a second call completes an interrupted one. Blocks.
 
-    UsageError as :func:`must_be_kept`.
+    Return the directories that stay because something new is in them, and what could not be restored.
+    UsageError as :func:`must_be_backup`.
     """
     losses = Losses()
     with ExitStack() as stack:
