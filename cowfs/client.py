@@ -141,8 +141,19 @@ def the_mount(path: str) -> MountInfo:
     """Return the cowfs mount whose mountpoint is *path*; MountFailure if there is none."""
     found = find_mount(path)
     if found is None:
-        raise MountFailure(f"{path}: not a cowfs mountpoint", LISTED)
+        raise MountFailure(f"{path}: not a cowfs mountpoint", _where_instead(path))
     return found
+
+
+def _where_instead(path: str) -> str:
+    """Return a hint: the mountpoint of the mount that contains *path*, or whose store it is, if any."""
+    above = mount_above(path)
+    if above is not None:
+        return f"it is inside the mount at {above[0]}: give that"
+    mount = mount_with_store(path)
+    if mount is not None:
+        return f"its mountpoint is {os.fsdecode(mount.mountpoint)}: give that"
+    return LISTED
 
 
 class Dead(MountFailure):

@@ -18,15 +18,15 @@ Programs can use a mounted tree meanwhile: files that are open for writing are c
 write. The checkpoint contains all data that programs wrote before the command, synced by fsync(2) or not.
 Versions of cowfs that do not know checkpoints cannot use a store that has some.
 
---delete removes a checkpoint, and changes neither the tree nor other checkpoints. Its space is
-freed at once if the store is not mounted, otherwise at the next mount.
+--delete removes a checkpoint, and changes neither the tree nor other checkpoints. Its space is freed at once
+if the store is not mounted, otherwise at the next mount.
 
 examples:
   cowfs checkpoint /mnt before-upgrade
   cowfs checkpoint sysrcd.bs clean               of a store that is not mounted
   cowfs checkpoint /mnt --delete before-upgrade
 
-exit codes: 0 done; 1 no such name, or not a name; others as those of `cowfs mount`.
+Exit codes: 0 done; 1 no such name, or not a name; others as those of `cowfs mount`.
 """
 
 

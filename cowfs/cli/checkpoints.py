@@ -12,11 +12,12 @@ from cowfs.cli.output import say, say_fields
 NAME = "checkpoints"
 
 _EPILOG = """\
-Each line has the time (UTC) of a checkpoint, its name, and the checkpoint before it. A star marks those that
-the tree is based on. `cowfs diff --since NAME` lists the changes since the last of them.
+Each line has the time of a checkpoint, its name, and the checkpoint before it. A star marks those that the
+tree is based on. `cowfs diff --since NAME` lists the changes since the last of them.
 
 --json prints one object: "version" (1), and "checkpoints", an array of objects with "name", "taken", "on"
-(the one before it, or null), "current" (starred) and "last" (the last one with a star).
+(the one before it, or null), "current" (starred) and "last" (the last one with a star). --json and -z print
+times in UTC.
 
 example:
   cowfs checkpoints /mnt

@@ -13,8 +13,8 @@ NAME = "create"
 
 _DESCRIPTION = """\
 Create a store: a file that holds an ext3 filesystem, in which the changes made through a mount are kept.
-STORE must not exist. All SIZE MiB are allocated now, so that the disk cannot run out of space for
-the store later. Root is not needed. If the command fails or is interrupted, it leaves nothing behind.
+STORE must not exist. All SIZE MiB are allocated now, so that the disk cannot run out of space for the store
+later. Root is not needed. If the command fails or is interrupted, it leaves nothing behind.
 STORE may also be an empty block device, which the store then takes as a whole.
 """
 _EPILOG = """\
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.offline.create import create_on_device, create_store
 
     options.must_have_name(args.store)
+    options.must_precede(NAME, args.store, args.size)
     require_answers([args.store])
     on_device = is_device(args.store)
     if args.size is None and not on_device:

@@ -20,9 +20,8 @@ and run the same command again. The store can be mounted (unless by --engine ker
 mount wait while its filesystem is checked and resized. For a store in memory, SIZE is its new size limit.
 """
 _EPILOG = """\
-SIZE is the new size; with a + before it, the amount to add to an image. It is in MiB
-unless it has a unit (1024, 1024M, 1.5G, +100M).
-cowfs shrink makes it smaller.
+SIZE is the new size; with a + before it, the amount to add to an image. It is in MiB unless
+it has a unit (1024, 1024M, 1.5G, +100M). `cowfs shrink` makes a store smaller.
 
 examples:
   cowfs grow sysrcd.bs 1024        resize it to 1 GiB, whether it is mounted or not
@@ -57,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if sys.stdout.isatty():
             note(message)
 
+    options.must_precede(NAME, args.store, args.size)
     mount = mount_with_store(args.store)
     if mount is None:
         image = split_subdir(args.store)[0]

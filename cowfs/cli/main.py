@@ -161,7 +161,7 @@ def _run(args: list[str]) -> int:
         parsed.paths = [*parsed.paths, *(word for word in unknown if word != "--")]
         unknown = []
     if unknown:
-        (of_commands.get(parsed.subcommand) or parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        _refuse_unknown(unknown, parsed, of_commands.get(parsed.subcommand) or parser)
     _refuse_empty(args, parsed, of_commands.get(parsed.subcommand) or parser)
     if command:
         parsed.command = command
@@ -174,6 +174,18 @@ def _run(args: list[str]) -> int:
 
     with opened(parsed):
         return int(parsed.run(parsed))
+
+
+def _refuse_unknown(unknown: list[str], given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exit with a usage error for arguments that a command does not have."""
+    option = unknown[0].partition("=")[0]
+    known = [word for action in parser._actions for word in action.option_strings]
+    near = difflib.get_close_matches(option, known, n=1) if option.startswith("--") else []
+    if near:
+        parser.error(f"unknown option {option}; did you mean {near[0]}?")
+    if given.subcommand == "mount" and len(unknown) == 1 and not option.startswith("-"):
+        parser.error(f"too many arguments; to use {option} as the store, write --store {option}")
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def _refuse_empty(args: list[str], given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

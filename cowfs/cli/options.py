@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cowfs import command
 from cowfs.errors import CowfsError, LayerError, UsageError
 from cowfs.formats.verified import is_root_hash
-from cowfs.store.format.sizes import parse_size
+from cowfs.store.format.sizes import is_size, parse_size
 from cowfs.types import Atime
 from cowfs.url.names import authority, is_url
 from cowfs.url.settings import DEFAULT_LIMIT, Settings
@@ -263,6 +263,12 @@ def split_layers(text: str) -> tuple[tuple[str, ...], int]:
             "write :: before each lower after the first ::",
         )
     return tuple(names), data_only
+
+
+def must_precede(command: str, store: str, size: str | None) -> None:
+    """UsageError if the size was given before the store."""
+    if size is not None and is_size(store.removeprefix("+")) and not is_size(size.removeprefix("+")):
+        raise UsageError(f"{store}: the store comes before its size", f"cowfs {command} {size} {store}")
 
 
 def must_have_name(path: str | None, option: str = "") -> None:

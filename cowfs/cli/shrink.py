@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.format.sniff import split_subdir
     from cowfs.store.offline.shrink import shrink_store
 
+    options.must_precede(NAME, args.store, args.size)
     if mount_with_store(args.store) is not None:
         raise StoreError(f"{args.store}: is mounted", "unmount it first")
     size = parse_size(args.size) if args.size else None

@@ -139,7 +139,7 @@ def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) 
         with checked_answer(mountpoint):
             requests, caches = requests_in(facts), caches_in(facts)
             if requests is None:
-                raise ValueError("it had counters before")
+                raise ValueError("no request counters, which it sent before")
             new = {
                 name: (hits - cached.get(name, (0, 0))[0], misses - cached.get(name, (0, 0))[1])
                 for name, (hits, misses) in caches.items()

@@ -33,7 +33,7 @@ The operations are create, mkdir, symlink, mknod, link, write, truncate, chmod, 
 removexattr, remove, rmdir, rename, exchange and revert. Writes of a process to a file are reported at the
 first write, once a second while they continue, and after the last.
 
-exit codes: 0 Ctrl-C, or the filesystem was unmounted; 2 the output was read too slowly, so that changes
+Exit codes: 0 Ctrl-C, or the filesystem was unmounted; 2 the output was read too slowly, so that changes
 would have been missed; 32 the daemon has died.
 
 examples:
@@ -80,7 +80,7 @@ def _report_end(place: str, ended: str) -> int:
         warn(f"{place}: was unmounted")
         return 0
     if ended == "slow":
-        warn(f"{place}: changes came faster than they were read; the last ones are missing (read faster)")
+        warn(f"{place}: changes came faster than they were read; the last ones are missing (write to a file)")
         return EXIT_SYSTEM
     warn(f"{place}: its daemon has died (cowfs umount {place} removes the mount)")
     return EXIT_MOUNT

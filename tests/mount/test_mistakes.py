@@ -48,6 +48,16 @@ EMPTY, UNSET = "an empty argument was given for", ": is a shell variable unset?"
         (["umuont", "mnt"], "unknown subcommand 'umuont'; did you mean 'umount'?"),
         (["difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
         (["crate", "s.bs", "16"], "unknown subcommand 'crate'; did you mean 'create'?"),
+        (
+            ["mount", "/usr", "/mnt", "--stroe", "s.bs"],
+            "unknown option --stroe; did you mean --store? (see `cowfs mount --help`)",
+        ),
+        (
+            ["mount", "/usr", "/mnt", "s.bs"],
+            "too many arguments; to use s.bs as the store, write --store s.bs (see `cowfs mount --help`)",
+        ),
+        (["create", "64M", "s.bs"], "64M: the store comes before its size (cowfs create s.bs 64M)"),
+        (["grow", "+64", "s.bs"], "+64: the store comes before its size (cowfs grow s.bs +64)"),
         (["mount", "/usr", "/mnt", "--store="], f"{EMPTY} --store{UNSET} (see `cowfs mount --help`)"),
         (["umount", ""], f"{EMPTY} MOUNTPOINT{UNSET} (see `cowfs umount --help`)"),
         (["grow", "", "1G"], f"{EMPTY} STORE{UNSET} (see `cowfs grow --help`)"),
@@ -93,9 +103,11 @@ def test_an_ordinary_directory_is_neither_store_nor_mountpoint(tmp_path: Path, s
 
 def test_a_directory_in_a_mount_names_the_mount(here: Mounted) -> None:
     (here.path / "directory").mkdir()
-    for subcommand in ("info", "du"):
+    for subcommand in ("info", "du", "umount"):
         message = said(subcommand, here.path / "directory", code=32)
         assert f"(it is inside the mount at {here.path}: give that)" in message
+    message = said("umount", here.path.parent / "store.bs", code=32)
+    assert f"(its mountpoint is {here.path}: give that)" in message
 
 
 def test_an_amount_to_add_says_what_is_wrong_with_the_store(tmp_path: Path) -> None:

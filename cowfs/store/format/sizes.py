@@ -21,6 +21,11 @@ _UNITS = {"": MIB, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
+def is_size(text: str) -> bool:
+    """Whether *text* has the form of a size."""
+    return _SIZE.fullmatch(text.strip()) is not None
+
+
 def parse_size(text: str) -> int:
     """Return a size in bytes: ``256``, ``256M`` and ``256MiB`` are MiB; also ``64K``, ``1.5G``, ``1T``.
 

@@ -39,7 +39,9 @@ def persist(
     memory = store.memory
     if memory is None:
         raise StoreError(
-            f"{store.path}: its changes are already kept" if store.kind != "memory" else _NOT_OURS
+            f"{store.path}: its changes are already kept (cowfs backup copies the store)"
+            if store.kind != "memory"
+            else _NOT_OURS
         )
     if memory.leaving:
         raise StoreError(f"{store.path}: is already being written to {memory.leaving}", "wait for that")
