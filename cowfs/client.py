@@ -9,13 +9,14 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from cowfs.errors import CowfsError, MountFailure
 from cowfs.linux.files import absolute, is_image
 from cowfs.linux.fuse import FSTYPE, LISTED
+from cowfs.linux.idle import Idleness
 from cowfs.linux.mount_table import MountInfo, mount_of, mountinfo
 from cowfs.linux.safe_paths import is_same_file
 from cowfs.linux.sockets import connect_control
@@ -160,10 +161,6 @@ class Dead(MountFailure):
     """There is no daemon any more."""
 
 
-class Silent(MountFailure):
-    """The daemon exists, but does not answer."""
-
-
 def mount_with_store(path: str) -> MountInfo | None:
     """Return the mount at *path*, or the one with the store *path*; None if no daemon answers for it."""
     found = find_mount(path)
@@ -206,13 +203,23 @@ class Patience:
             self._left[owner] = left - (time.monotonic() - begun)
 
 
-def facts_of(dev: str, timeout: float | None = 60.0) -> dict[str, Any]:
+class Silent(MountFailure):
+    """The daemon exists, but does not answer."""
+
+
+def _give_up(silence: Silent) -> None:
+    raise silence
+
+
+def facts_of(
+    dev: str, timeout: float | None = 60.0, if_hung: Callable[[Silent], None] = _give_up
+) -> dict[str, Any]:
     """Return the facts that the daemon of the mount ``major:minor`` sends: its ``pid``, which the kernel
     vouches for, ``mountpoint``, ``store`` with ``kind`` and ``path``, and more.
 
-    Raises MountFailure if it does not answer, or its answer makes no sense.
+    Raises MountFailure if it does not answer, or its answer makes no sense. *if_hung*: see :func:`ask`.
     """
-    facts = next(ask(dev, "info", timeout=timeout), {})
+    facts = next(ask(dev, "info", timeout=timeout, if_hung=if_hung), {})
     store = facts.get("store")
     named = [facts.get("mountpoint"), *map(store.get, ("kind", "path"))] if isinstance(store, dict) else [0]
     if type(facts.get("pid")) is not int or not all(isinstance(name, str) for name in named):
@@ -221,11 +228,17 @@ def facts_of(dev: str, timeout: float | None = 60.0) -> dict[str, Any]:
 
 
 def ask(
-    dev: str, command: str, timeout: float | None = 60.0, fd: int = -1, **arguments: Any
+    dev: str,
+    command: str,
+    timeout: float | None = 60.0,
+    fd: int = -1,
+    if_hung: Callable[[Silent], None] = _give_up,
+    **arguments: Any,
 ) -> Iterator[dict[str, Any]]:
     """Send a command to the daemon of the mount ``major:minor`` and yield its replies.
 
-    *timeout* is in seconds, for each reply; *fd* is sent along.
+    *timeout* is in seconds, for each reply; *fd* is sent along. If the daemon does not even begin to answer,
+    and does nothing else, calls *if_hung* once, before the timeout; the default raises its argument.
 
     A pid in a reply is the pid of the daemon. Raises MountFailure if no daemon answers, Silent if it takes
     too long or is stopped, CowfsError with its message if the command fails.
@@ -234,7 +247,8 @@ def ask(
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
         with suppress(BrokenPipeError, ConnectionResetError):  # it has sent the reason, and has exited
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
-        yield from replies(connection, pid, place)
+        with _Doubt(dev, pid, place, if_hung) as doubt:
+            yield from replies(connection, pid, place, doubt)
 
 
 def must_take_requests(dev: str) -> None:
@@ -289,9 +303,11 @@ def _unreachable(place: str, error: OSError) -> MountFailure:
     return MountFailure(f"{place}: cannot connect to the daemon: {error.strerror}", "try again, or as root")
 
 
-def replies(connection: socket.socket, pid: int, place: str) -> Iterator[dict[str, Any]]:
+def replies(
+    connection: socket.socket, pid: int, place: str, doubt: _Doubt | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the replies of the daemon *pid* (0: unknown) of the mount at *place*. Raises what ask() does."""
-    raw = _Patient(connection, pid, place)
+    raw = _Patient(connection, pid, place, doubt)
     with io.BufferedReader(raw) as lines, suppress(ConnectionResetError):
         while line := lines.readline(_LONGEST_REPLY):
             reply = _parse(line, place)
@@ -311,15 +327,64 @@ _STOPPED = 2.0
 """How many seconds a daemon may be stopped: longer is noticed before its timeout."""
 
 
+class _Doubt:
+    """Finds out whether a daemon that does not reply is only slow: then it replies to another client, or does
+    something.
+    """
+
+    def __init__(self, dev: str, pid: int, place: str, if_hung: Callable[[Silent], None]) -> None:
+        self._dev = dev
+        self._pid = pid
+        self._place = place
+        self._if_hung = if_hung
+        self._other: socket.socket | None = None
+        self._idle: Idleness | None = None
+        self._is_over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._other is not None:
+            self._other.close()
+
+    def end(self) -> None:
+        """It replies."""
+        self._is_over = True
+
+    def grow(self) -> None:
+        """It has not replied for a while. Does not block."""
+        if self._is_over:
+            return
+        if self._other is None or self._idle is None:
+            self._idle = Idleness(self._pid)
+            self._other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            self._other.setblocking(False)
+            with suppress(OSError, MountFailure):  # BlockingIOError: too many clients wait already
+                connect_control(self._other, self._dev, owner_of(self._dev))
+                self._other.send(b'{"command": "reply"}\n')  # there is none of this name: it says so
+            return
+        seconds = self._idle.seconds()
+        with suppress(OSError):  # BlockingIOError: no reply yet
+            self._other.recv(1)
+            self._is_over = True
+        if not self._is_over and seconds >= _STOPPED:
+            self._is_over = True
+            why = f"the daemon (pid {self._pid}) does not answer, and does nothing"
+            hint = "it may wait for a disk, a server or a program: its log may show which; try again later"
+            self._if_hung(Silent(f"{self._place}: {why}", hint))
+
+
 class _Patient(io.RawIOBase):
     """The replies of a daemon. Raises Silent if a reply takes the connection's timeout, or while it is
     stopped.
     """
 
-    def __init__(self, connection: socket.socket, pid: int, place: str) -> None:
+    def __init__(self, connection: socket.socket, pid: int, place: str, doubt: _Doubt | None = None) -> None:
         self._connection = connection
         self._pid = pid
         self._place = place
+        self._doubt = doubt
         self.begun = time.monotonic()
         """When the wait for the next reply began."""
 
@@ -340,11 +405,15 @@ class _Patient(io.RawIOBase):
                 why = f"the daemon (pid {self._pid}) has not answered within {timeout:g} s"
                 raise Silent(f"{self._place}: {why}", "its log may show what it waits for; try again later")
             if came:
+                if self._doubt is not None:
+                    self._doubt.end()
                 return self._connection.recv_into(buffer)
             if not _is_stopped(self._pid):
                 runs = now
             elif now - runs >= _STOPPED:
                 raise _stopped(self._pid, self._place)
+            if self._doubt is not None:
+                self._doubt.grow()
 
 
 def _stopped(pid: int, place: str) -> Silent:

@@ -143,6 +143,10 @@ def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: 
     )
 
 
+def _say_hung(silence: Silent) -> None:
+    _say(f"{silence.message}; waiting")
+
+
 def _say(what: str) -> None:
     warn(what)
 
@@ -180,7 +184,7 @@ def _name(pid: int) -> bytes:
 def _daemon_of(dev: str, timeout: float) -> tuple[dict[str, Any] | None, Exception | None]:
     """Return the daemon's answer within *timeout* seconds; or None, and why there is none."""
     try:
-        return facts_of(dev, timeout), None
+        return facts_of(dev, timeout, _say_hung), None
     except (CowfsError, OSError) as error:
         return None, error
 

@@ -28,9 +28,7 @@ class UnmountRequest:
         self._reading, writing = os.pipe()
         try:
             ours = owner_of(dev) == os.geteuid()
-            for reply in ask(
-                dev, "leave", timeout=timeout, fd=writing if ours else -1, force=force, lazy=lazy
-            ):
+            for reply in ask(dev, "leave", timeout, writing if ours else -1, _go_on, force=force, lazy=lazy):
                 if "unsaved" in reply:
                     raise _Refused(reply["unsaved"])
                 self._answers = ours
@@ -70,3 +68,7 @@ class UnmountRequest:
 
 class _Refused(Exception):
     pass
+
+
+def _go_on(_: Silent) -> None:
+    """Wait on for a daemon that seems to hang: it answered a moment ago."""

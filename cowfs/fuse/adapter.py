@@ -37,10 +37,10 @@ from cowfs.fuse.threads import SLICE
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.slow import Answers, NotYet
-from cowfs.linux.callers import may_see_trusted
+from cowfs.linux.callers import may_be_in_write, may_see_trusted
 from cowfs.linux.files import RENAME_EXCHANGE
 from cowfs.overlay.attr import NewAttributes
-from cowfs.overlay.file import SET_ID
+from cowfs.overlay.file import SET_ID, clears_set_id
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
@@ -51,7 +51,8 @@ log = logging.getLogger(__name__)
 _CAPABILITY = b"security.capability"
 _TRUSTED = b"trusted."
 _ACLS = {ACCESS_ACL, DEFAULT_ACL}
-_BOTH_NOW = 1 << 7 | 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW (linux/fuse.h)
+_ATIME_NOW, _MTIME_NOW = 1 << 7, 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW (linux/fuse.h)
+_BOTH_NOW = _ATIME_NOW | _MTIME_NOW
 _AHEAD = 24
 """So many names after the one that is listed are looked up along with it in a slow lower: a page of them."""
 
@@ -263,6 +264,8 @@ class Adapter(BeyondHandlers):
             writer=self._writer(node, ctx, clears),
             is_touch=said.flags & _BOTH_NOW == _BOTH_NOW,
         )
+        if said.flags & _BOTH_NOW and not self._fs.union_of(node).upper.has_descriptors:
+            self._by_own_clock(new, said.flags)
         if not node.mode & SET_ID:
             pass  # most files have none
         elif new.is_nothing and new.writer is Writer.PRIVILEGED and not self._was_removed(inode):
@@ -282,6 +285,18 @@ class Adapter(BeyondHandlers):
         else:
             await self._with_data(node, ctx.uid)
         return self._entry(node, self._fs.setattr(node, new))
+
+    @staticmethod
+    def _by_own_clock(new: NewAttributes, flags: int) -> None:
+        """Set times to now by the clock of all other times in the store.
+
+        The kernel's is up to 10 ms behind: a touch would set a time before that of the file's creation.
+        """
+        now = time.time_ns()
+        if flags & _ATIME_NOW:
+            new.atime_ns = now
+        if flags & _MTIME_NOW:
+            new.mtime_ns = now
 
     @sync
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -361,13 +376,22 @@ class Adapter(BeyondHandlers):
         if self._has_xattr(node, name):
             await self._with_data(node, ctx.uid)
         try:
-            self._fs.removexattr(node, name)
+            self._fs.removexattr(node, name, appends=name == _CAPABILITY and self._is_to_append(node, ctx))
         except OSError as failure:
             if failure.errno != errno.ENODATA or name not in _ACLS:  # no error on ext3
                 raise
         if name == _CAPABILITY:
             self._no_capability.discard(inode)  # the next request for it comes here
             self._capability_removed.add(inode)
+
+    def _is_to_append(self, node: Node, ctx: RequestContext) -> bool:
+        """Whether the kernel may ask on behalf of a write, which an append-only file allows.
+
+        On ext3 it does not allow one that would also clear set-ID bits.
+        """
+        if not node.protection or not may_be_in_write(ctx.pid):
+            return False
+        return not clears_set_id(node.mode, self._writer(node, ctx, None))
 
     def _has_xattr(self, node: Node, name: bytes) -> bool:
         try:

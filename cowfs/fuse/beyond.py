@@ -50,6 +50,8 @@ _MOST_AT_ONCE = 64 << 20
 """So much is copied by one request: the caller asks for the rest, and can be killed in between."""
 _PIECE = 1 << 20
 _LITTLE = 1 << 17
+_KEEP_SIZE = 1
+"""FALLOC_FL_KEEP_SIZE (linux/falloc.h)."""
 _NOT_IN_THE_KERNEL = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 _XFLAGS = {  # linux/fs.h: FS_XFLAG_*
@@ -103,9 +105,11 @@ class BeyondHandlers(FileHandlers):
 
     # --- file data
 
-    async def _writing(self, fh: int, node: Node, asked: Message, *, whole: bool) -> Handle:
+    async def _writing(
+        self, fh: int, node: Node, asked: Message, *, whole: bool, appends: bool = False
+    ) -> Handle:
         """Return the handle by which to write a file, after its copy-up. *whole*: with all its data."""
-        protect.must_write(self._fs.union_of(node), node, appends=False)
+        protect.must_write(self._fs.union_of(node), node, appends=appends)
         if whole and (node.upper is None or node.metacopy):
             if not node.dead:
                 await self._within_reach(node.parent)
@@ -126,7 +130,8 @@ class BeyondHandlers(FileHandlers):
     async def _fallocate(self, asked: Message) -> None:
         fh, offset, length, mode, _ = _FALLOCATE_IN.unpack_from(asked.body)
         node = self._node(asked.ino)
-        handle = await self._writing(fh, node, asked, whole=True)
+        adds = not mode & ~_KEEP_SIZE  # as vfs_fallocate() allows for an append-only file
+        handle = await self._writing(fh, node, asked, whole=True, appends=adds)
         with self._unopened.in_use(node), self._changes(), at_hand(handle.file) as file:
             change = functools.partial(cast(Allocatable, file).fallocate, mode, offset, length)
             await self._threads.run(change, self._threads.reads, asked.uid)
@@ -214,9 +219,10 @@ class BeyondHandlers(FileHandlers):
             case inode_flags.FS_IOC_SETFLAGS:
                 await self._set_flags(node, _WORD.unpack_from(asked.data)[0], asked)
             case inode_flags.FS_IOC_FSSETXATTR:
-                xflags, extsize, _, project, cow_extsize = _FSXATTR.unpack_from(asked.data)
-                if extsize or cow_extsize or project or xflags & ~functools.reduce(int.__or__, _XFLAGS):
+                xflags, _, _, project, _ = _FSXATTR.unpack_from(asked.data)
+                if project:
                     raise FUSEError(errno.EOPNOTSUPP)
+                # ext4_fileattr_set() ignores all that ext3 does not have.
                 flags = sum(flag for xflag, flag in _XFLAGS.items() if xflags & xflag)
                 await self._set_flags(node, self._fs.getflags(node) & ~_ALL_OF_XFLAGS | flags, asked)
             case _:

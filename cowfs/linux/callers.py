@@ -31,6 +31,12 @@ _GETXATTR = frozenset(b"%d" % number for number in (191, 192, 193, 229, 230, 231
 """The numbers of getxattr(2), lgetxattr(2) and fgetxattr(2): on x86-64, on i386, and on all newer machines.
 Nothing else that has one of these numbers waits for the value of an extended attribute."""
 
+_WRITES = frozenset(
+    b"%d" % number for number in (1, 18, 20, 296, 328, 4, 181, 146, 334, 379, 64, 66, 68, 70, 287)
+) | {b"running"}
+"""The numbers of write(2), pwrite64(2), writev(2), pwritev(2) and pwritev2(2) on the same machines, and what
+/proc shows of a thread of io_uring(7). Nothing else that has one of these numbers removes an attribute."""
+
 
 class Caller(NamedTuple):
     """What /proc shows of a thread that waits for an answer."""
@@ -82,9 +88,23 @@ def asks_for_a_size(tid: int) -> bool:
     It then only learns how long the value is. False if /proc does not show its system call
     (PTRACE_MODE_ATTACH in ptrace(2)), or if the thread does not sleep yet.
     """
+    call = _system_call(tid)
+    return len(call) > 4 and call[0] in _GETXATTR and int(call[4], 16) == 0
+
+
+def may_be_in_write(tid: int) -> bool:
+    """Whether a thread that waits for the removal of an extended attribute writes to a file.
+
+    True if /proc does not show its system call, as it does not to a daemon with fewer capabilities.
+    """
+    call = _system_call(tid)
+    return not call or call[0] in _WRITES
+
+
+def _system_call(tid: int) -> list[bytes]:
+    """Return the number, six arguments and two registers of a system call; an empty list if hidden."""
     try:
         with open(f"{_proc}/{tid}/syscall", "rb", buffering=0) as file:
-            call = file.read(256).split()  # the number, six arguments, two registers
+            return file.read(256).split()
     except OSError:
-        return False
-    return len(call) > 4 and call[0] in _GETXATTR and int(call[4], 16) == 0
+        return []

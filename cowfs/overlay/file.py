@@ -9,7 +9,7 @@ import time
 
 from cowfs.layers.base import File
 from cowfs.layers.partial import PartialFile
-from cowfs.overlay import partial
+from cowfs.overlay import partial, protect
 from cowfs.overlay.copyup import begin_lazily, copy_up
 from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.handle import Handle, Handles, Reader, Writer
@@ -137,15 +137,29 @@ def seek(fs: OverlayFs, handle: Handle, offset: int, whence: int) -> int:
     return hole
 
 
+def clears_set_id(mode: int, writer: Writer) -> bool:
+    """Whether a write by *writer* clears set-ID bits of a regular file with *mode*."""
+    return _without_set_id(mode, writer) != mode
+
+
+def _without_set_id(mode: int, writer: Writer) -> int:
+    if writer is Writer.PRIVILEGED:
+        return mode
+    clears_group = mode & stat.S_IXGRP or writer is Writer.STRANGER
+    return mode & ~(SET_ID if clears_group else stat.S_ISUID)
+
+
 def drop_set_id(fs: OverlayFs, node: Node, writer: Writer) -> None:
-    """Clear the set-ID bits that a write or truncate by *writer* clears (setattr_should_drop_suidgid)."""
+    """Clear the set-ID bits that a write or truncate by *writer* clears (setattr_should_drop_suidgid()).
+
+    EPERM if it clears one of an append-only file (ext4_setattr() in the kernel).
+    """
     if writer is Writer.PRIVILEGED or node.is_dir or not node.mode & SET_ID:
         return
     mode = fs.upper.stat(node.upper).st_mode
-    kept = mode & ~stat.S_ISUID
-    if mode & stat.S_IXGRP or writer is Writer.STRANGER:
-        kept &= ~stat.S_ISGID
+    kept = _without_set_id(mode, writer)
     if kept != mode:
+        protect.must_change(fs, node)
         fs.upper.chmod(node.upper, stat.S_IMODE(kept))
         node.mode = kept
 

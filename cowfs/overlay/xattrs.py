@@ -70,9 +70,12 @@ def _make_room(fs: OverlayFs, node: Node) -> bool:
     return True
 
 
-def removexattr(fs: OverlayFs, node: Node, name: bytes) -> None:
-    """Remove an attribute; ENODATA, and no copy-up, if there is none."""
-    protect.must_change(fs, node)
+def removexattr(fs: OverlayFs, node: Node, name: bytes, *, appends: bool = False) -> None:
+    """Remove an attribute; ENODATA, and no copy-up, if there is none. *appends*: only to append then."""
+    if appends:
+        protect.must_write(fs, node, appends=True)
+    else:
+        protect.must_change(fs, node)
     try:
         getxattr(fs, node, name)
     except OSError as failure:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import COWFS, Mounted, cowfs, is_mounted, mounted, project_root
+from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, run
 
 DEV_FUSE_AT_NIGHT = True
@@ -126,6 +127,29 @@ def test_nobody_waits_for_a_stopped_daemon(base: Path, nobody: bool) -> None:
         assert cowfs("diff", str(here.path), nobody=nobody).stdout == "A  new\n"
         assert not here.log.read_text()
     assert not new.exists()
+
+
+def test_nobody_waits_for_a_daemon_that_hangs(base: Path) -> None:
+    """Its store is on a filesystem that does not answer any more."""
+    with (
+        mounted(base / "lower", base / "mnt", base / "outer") as outer,
+        mounted(base / "lower", base / "mnt2", base / "mnt" / "store") as here,
+    ):
+        pid, said = here.pid(), ""
+
+        def hangs() -> bool:
+            nonlocal said
+            done = cowfs("info", str(here.path))
+            said = done.stderr
+            return done.returncode == 32
+
+        with stopped(outer):
+            touch = subprocess.Popen(["touch", here.path / "new"])
+            eventually(hangs, "the daemon hangs", 60)
+        advised(said, here.path)
+        assert f"the daemon (pid {pid}) does not answer, and does nothing" in said
+        assert touch.wait(60) == 0
+        assert cowfs("diff", str(here.path)).stdout == "A  new\n"
 
 
 def test_a_stopped_daemon_can_be_left(base: Path) -> None:

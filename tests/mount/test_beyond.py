@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -136,6 +138,38 @@ def test_chattr(place: Place) -> None:
         return
     with place.mounted() as mount:
         assert [lsattr(mount.path / name) for name in ("file", "directory", "new")] == ["d"] * 3
+
+
+def test_extended_flags(place: Place) -> None:
+    """As on ext3, FS_IOC_FSSETXATTR ignores what the filesystem does not have."""
+    with place.mounted() as mount:
+        (mount.path / "new").touch()
+        for path in (mount.path / "new", mount.path / "file", mount.path / "directory"):
+            fd = os.open(path, os.O_RDONLY)
+            realtime, nodump, nosymlinks = 0x1, 0x80, 0x400
+            for flags, size in ((realtime | nodump, 0), (nosymlinks | nodump, 4096), (0, 0)):
+                fcntl.ioctl(fd, inode_flags.FS_IOC_FSSETXATTR, struct.pack("=IIIII8x", flags, size, 0, 0, 0))
+                found = fcntl.ioctl(fd, inode_flags.FS_IOC_FSGETXATTR, bytes(28))
+                assert struct.unpack("=IIIII8x", found) == (flags & nodump, 0, 0, 0, 0)
+            with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+                fcntl.ioctl(fd, inode_flags.FS_IOC_FSSETXATTR, struct.pack("=IIIII8x", 0, 0, 0, 7, 0))
+            os.close(fd)
+
+
+def test_no_time_goes_back(place: Place) -> None:
+    """utime(2) to now sets no time before that of an earlier change."""
+    with place.mounted() as mount:
+        for number in range(20):
+            for path in (mount.path / f"new{number}", mount.path):
+                path.touch()  # creates the file
+                before = path.stat()
+                os.utime(path)
+                after = path.stat()
+                assert after.st_mtime_ns >= before.st_mtime_ns, path
+                assert after.st_ctime_ns >= before.st_ctime_ns, path
+            before = mount.path.stat()
+            os.unlink(mount.path / f"new{number}")
+            assert mount.path.stat().st_mtime_ns >= before.st_mtime_ns
 
 
 def test_flags_are_inherited(image: Place) -> None:

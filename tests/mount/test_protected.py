@@ -14,7 +14,7 @@ import pytest
 from cowfs.linux import inode_flags
 from cowfs.linux.inode_flags import APPEND, IMMUTABLE
 from tests.support.mounts import Mounted, cowfs, kernel_overlay, mounted
-from tests.support.system import needs_fuse, needs_root
+from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, needs_root]
 DEV_FUSE_AT_NIGHT = True
@@ -146,6 +146,31 @@ def test_holds(mount: Mounted, where: str) -> None:
         (top / name / "inside").write_text("changed")
         (top / name / "inside").chmod(0o640)
     assert {name: flags_of(top / name) for name in PROTECTED} == PROTECTED
+
+
+CAPABILITY = bytes.fromhex("0100000200000000000000000000000000000000")
+"""The value of security.capability: none."""
+
+
+def test_appends_and_capabilities(mount: Mounted) -> None:
+    """As on ext3: an append removes a capability, but set-ID bits that it would clear make it fail."""
+    by = {"root": [], "nobody": as_nobody_prefix()}
+    for where, user, mode, appends in [
+        ("own", "root", 0o6777, True),
+        ("own", "nobody", 0o6777, False),
+        ("own", "nobody", 0o777, True),
+        (".", "nobody", 0o777, True),
+    ]:
+        path = mount.path / where / "file-a"
+        protect(path, 0)
+        path.chmod(mode)
+        os.setxattr(path, "security.capability", CAPABILITY)
+        protect(path, APPEND)
+        refused({"set": lambda at: os.setxattr(at, "security.capability", CAPABILITY)}, path)
+        done = run(*by[user], "sh", "-c", 'echo >>"$0"', path, check=False)
+        assert (done.returncode == 0) is appends, (where, user, mode, done.stderr)
+        assert ("security.capability" in os.listxattr(path)) is not appends, (where, user, mode)
+        assert path.stat().st_mode & 0o7777 == mode, (where, user, mode)
 
 
 def test_kept_and_taken_away(lower: Path, nobody_path: Path) -> None:
