@@ -68,8 +68,12 @@ def explain(
         if inode is not None:
             rule = {"rule": Rule.INDEX.name.lower(), "meaning": Rule.INDEX.value}
             layers[0] |= {**_facts(upper, *inode), "rules": [rule]}
-    sizes = [layer.pop("blocks", 0) for layer in layers]
-    answer["bytes"] = _BLOCK * (sum(sizes[: len(below) + 1]) if names else sizes[0])
+    shown = {number for number, *_ in hits}
+    ends = {verdict.layer: verdict.path for verdict in verdicts if verdict.rule is not Rule.REDIRECT}
+    blocks = [layer.pop("blocks", 0) for layer in layers]
+    own = range(len(below) + 1)
+    # not those of what hides it, in a directory above it
+    answer["bytes"] = _BLOCK * sum(blocks[n] for n in own if n in shown or ends.get(n, names) == names)
     change, now_at = yield from change_at(upper, root, lowers, prefix, index, path, link)
     if change is not None:
         answer |= {"change": change.kind, "what": list(change.what)}
@@ -193,9 +197,9 @@ def _owner(layer: dict[str, Any]) -> str:
 def _listed(layer: dict[str, Any], path: str, owners: int, date: Callable[[float], str]) -> str:
     if layer["type"] is None:
         return "nothing"
-    if layer["type"] == "whiteout":
-        return "whiteout"
     elsewhere = f"  at {layer['path']}" if layer["path"] != path else ""
+    if layer["type"] == "whiteout":
+        return f"whiteout{elsewhere}"
     target = f" -> {layer['target']}" if "target" in layer else ""
     when = date(layer["mtime_ns"] / 1e9)
     owner = f"{_owner(layer):<{owners}}"

@@ -52,6 +52,8 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
         "script",
         "etc/fstab/below a file",
         "usr",
+        "usr/tool",
+        "old",
         "bin",
         "huge",
         "giant",
@@ -60,7 +62,8 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
         script(f"{WORK} mv huge giant; echo anew >huge", here.path)
         live = explained(here.path, *paths)
         assert explained(here.path / "etc/fstab") == live[:1]
-        lines = cowfs("explain", here.path, "usr", "huge").stdout.splitlines()
+        lines = cowfs("explain", here.path, "usr", "usr/tool", "huge").stdout.splitlines()
+        assert "  store     whiteout  at usr" in lines
         assert "  renamed to bin" in lines and "  what the lower has here was renamed to giant" in lines
     assert explained(store, *paths) == live
     answers = dict(zip(paths, live, strict=True))
@@ -68,7 +71,8 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
         "etc/fstab": "M", "etc/hosts": "D", "bin/tool": None, "bin/lib/so": "M", "old/f": "D", "big": "M",
         "first": "M",
         "added": "A", "etc": None, "nothing": None, "script": None,
-        "etc/fstab/below a file": None, "usr": "R", "bin": "R", "huge": "A", "giant": "R",
+        "etc/fstab/below a file": None, "usr": "R", "usr/tool": None, "old": None,
+        "bin": "R", "huge": "A", "giant": "R",
     }  # fmt: skip
     listed = map(json.loads, cowfs("diff", store, "--json", check=True).stdout.splitlines())
     kinds = {each["path"]: (each["kind"], each["what"]) for each in listed}
@@ -85,6 +89,7 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
     assert answers["bin/lib/so"]["layers"][1]["path"] == answers["bin/lib/so"]["source"] == "usr/lib/so"
     assert answers["bin/lib/so"]["layers"][1]["size"] == 3
     assert rules(answers["old/f"]) == [["opaque"], []] and not answers["old/f"]["seen"]
+    assert answers["old/f"]["bytes"] == answers["usr/tool"]["bytes"] == 0 < answers["old"]["bytes"]
     assert rules(answers["big"]) == [["metacopy"], ["data"]] and answers["big"]["what"] == ["mode"]
     assert rules(answers["first"])[0] == ["index"] and answers["first"]["what"] == ["content", "times"]
     assert rules(answers["etc"]) == [["shown"], ["merged"]]
