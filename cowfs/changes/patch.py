@@ -76,6 +76,8 @@ def stat_of(changes: Iterable[Change], sides: Sides) -> Iterator[Counts]:
         old, new = _data(file.old), _data(file.new)
         if _is_binary(old) or _is_binary(new):
             counts.sizes = len(old), len(new)
+        elif not old or not new:
+            counts.added, counts.removed = _count_lines(new), _count_lines(old)
         else:
             for line in _hunks(old, new):
                 counts.added += line.startswith(b"+")
@@ -234,16 +236,19 @@ def _compared(before: list[bytes], after: list[bytes]) -> list[bytes]:
 
 
 def _whole(data: bytes, sign: bytes) -> list[bytes]:
-    """Return the one hunk of a text that was added or removed as a whole."""
-    lines = _lines(data)
+    """Return the one hunk of a text that was added or removed as a whole, in pieces."""
+    lines = _count_lines(data)
     if not lines:
         return []
-    count = b"1" if len(lines) == 1 else b"1,%d" % len(lines)
+    count = b"1" if lines == 1 else b"1,%d" % lines
     places = (count, b"0,0") if sign == b"-" else (b"0,0", count)
-    hunk = [b"@@ -%s +%s @@\n" % places, *(sign + line for line in lines)]
-    if not lines[-1].endswith(b"\n"):
-        hunk += [b"\n\\ No newline at end of file\n"]
-    return hunk
+    ended = data.endswith(b"\n")
+    signed = sign + (data[:-1] if ended else data).replace(b"\n", b"\n" + sign)
+    return [b"@@ -%s +%s @@\n" % places, signed, b"\n" if ended else b"\n\\ No newline at end of file\n"]
+
+
+def _count_lines(data: bytes) -> int:
+    return data.count(b"\n") + (data[-1:] not in {b"", b"\n"})
 
 
 def _lines(data: bytes) -> list[bytes]:
