@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
-from cowfs.errors import CowfsError, MountFailure
+from cowfs.errors import CowfsError, MountFailure, UsageError
 from cowfs.linux.files import absolute, is_image
 from cowfs.linux.fuse import FSTYPE, LISTED
 from cowfs.linux.idle import Idleness
@@ -144,6 +144,13 @@ def the_mount(path: str) -> MountInfo:
     if found is None:
         raise MountFailure(f"{path}: not a cowfs mountpoint", _where_instead(path))
     return found
+
+
+def mount_first(path: str, other: str, command: str) -> MountInfo:
+    """Do :func:`the_mount`; UsageError if the next argument of *command*, *other*, is the mountpoint."""
+    if find_mount(path) is None and find_mount(other) is not None:
+        raise UsageError(f"{path}: the mountpoint comes first", f"cowfs {command} {other} {path}")
+    return the_mount(path)
 
 
 def _where_instead(path: str) -> str:

@@ -165,6 +165,8 @@ def _asked(args: argparse.Namespace, quoted: Callable[[bytes], bytes]) -> tuple[
     inside, others = [], []
     for path in args.paths:  # a shell expands /mnt/etc/* to /mnt/etc/a /mnt/etc/b
         rest = path if place in {"", "/"} else from_root(path, place)
+        if below and not os.path.isabs(args.what) and not os.path.isabs(path):
+            rest = _beside(args.what, path, what)
         if rest != path:
             inside.append(quoted(normal(os.fsencode(rest))))
         else:
@@ -172,6 +174,16 @@ def _asked(args: argparse.Namespace, quoted: Callable[[bytes], bytes]) -> tuple[
     if below and not others:
         inside.insert(0, quoted(normal(os.fsencode(below))))
     return what, inside + others
+
+
+def _beside(first: str, path: str, mountpoint: str) -> str:
+    """Return where *path*, relative like *first*, is in the tree; *path* itself if it is below *first*."""
+    from cowfs.client import mount_above
+
+    found = mount_above(path)
+    if found is None or found[0] != mountpoint or (os.path.isdir(first) and not os.path.lexists(path)):
+        return path
+    return found[1]
 
 
 def add_aspects(parser: argparse.ArgumentParser, leave_out: str) -> None:

@@ -55,10 +55,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon to add or remove the module."""
-    from cowfs.client import ask, the_mount
+    from cowfs.client import ask, mount_first
     from cowfs.linux.remote import may_wait
 
-    mount = the_mount(args.mountpoint)
+    mount = mount_first(args.mountpoint, args.image, f"{NAME} {args.what}")
     path = os.path.abspath(args.image)
     fd = -1
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from cowfs.cli import options
 from cowfs.cli.output import note
-from cowfs.client import VIEW_FSTYPE, ask, facts_of, the_mount
+from cowfs.client import VIEW_FSTYPE, ask, facts_of, mount_first
 from cowfs.errors import StoreError
 from cowfs.linux.mount_table import mountinfo
 
@@ -63,7 +63,7 @@ def persist(
     from cowfs.cli.verify import is_kept
     from cowfs.store.disks.block_device import directory_of
 
-    found = the_mount(mountpoint)
+    found = mount_first(mountpoint, store, NAME)
     kept = 0
     shown, path = store, os.path.abspath(store)
     with directory_of(path) as (fd, name):

@@ -65,7 +65,9 @@ def open_base(where: str, stack: ExitStack) -> Base:
         image = "/" + image.strip("/")
         if image not in found:
             raise UsageError(f"--base {where}: no such file in the ISO", "it has " + _list(images))
-    elif len(images) != 1:
+    elif not images:
+        raise UsageError(f"--base {where}: has no squashfs image", "name the root image: FILE:PATH")
+    elif len(images) > 1:
         raise UsageError(f"--base {where}: which file is the root image?", f"give FILE:PATH; {_list(images)}")
     date = os.pread(fd, 16, _DATE).decode("ascii", "replace")
     return Base(fd, image or images[0], frozenset(found), date if date.isdecimal() else "")

@@ -211,6 +211,11 @@ def test_paths_select(changed: Path, tmp_path: Path) -> None:
         assert names(here.path, here.path / "etc/d") == ["etc/d", "etc/d/a.conf"]
         assert names(here.path / "script", here.path / "etc/d") == ["etc/d", "etc/d/a.conf", "script"]
         assert names(here.path / "usr/tool") == ["usr/tool"]  # though it is gone
+        for words in (["mnt/script", "mnt/etc/d"], ["mnt/etc/d", "mnt/script"]):  # as a shell expands mnt/*
+            told = cowfs("diff", *words, "--name-only", cwd=str(tmp_path), check=True).stdout
+            assert told.splitlines() == ["etc/d", "etc/d/a.conf", "script"]
+        told = cowfs("diff", "mnt/etc", "d", "--name-only", cwd=str(tmp_path), check=True).stdout
+        assert told.splitlines() == ["etc/d", "etc/d/a.conf"]
         assert cowfs("diff", here.path / "usr/took").returncode == 1
         for name in ("a*", "ab", "[x]", "x"):
             (here.path / name).mkdir()

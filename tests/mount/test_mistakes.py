@@ -106,7 +106,12 @@ def test_a_directory_in_a_mount_names_the_mount(here: Mounted) -> None:
     for subcommand in ("info", "du", "umount"):
         message = said(subcommand, here.path / "directory", code=32)
         assert f"(it is inside the mount at {here.path}: give that)" in message
-    message = said("umount", here.path.parent / "store.bs", code=32)
+    store = here.path.parent / "store.bs"
+    for words in (["lower", "add"], ["persist"]):
+        message = said(*words, store, here.path, code=1)
+        order = f"cowfs {' '.join(words)} {here.path} {store}"
+        assert message == f"{store}: the mountpoint comes first ({order})"
+    message = said("umount", store, code=32)
     assert f"(its mountpoint is {here.path}: give that)" in message
 
 

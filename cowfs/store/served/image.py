@@ -157,7 +157,7 @@ def _why_not(path: str, error: OSError, *, read_only: bool) -> tuple[str, str]:
             return f"{path}: no permission to read it", "run this as the owner of the store"
         return (
             f"{path}: no permission to write to it",
-            "the user who mounts must be able to write to the store",
+            "run this as a user who can write to it, or as root",
         )
     return f"{path}: cannot be opened: {error.strerror}", ""
 
