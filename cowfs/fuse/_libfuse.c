@@ -24,6 +24,7 @@
 
 #include "beyond.h"
 #include "core_lock.h"
+#include "handlers.h"
 #include "held_data.h"
 #include "last_change.h"
 #include "last_request.h"
@@ -44,23 +45,11 @@
 #define KEPT (UINT64_C(1) << 62)
 #define LISTING (UINT64_C(1) << 61)
 
-/* The handle number of a file that the kernel opened without a request is its inode number with this bit. */
-#define UNOPENED (UINT64_C(1) << 63)
-
-static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
-static bool wrapped;     /* pyfuse3 has called a function of this module */
-static bool watched;     /* messages between libfuse and the kernel pass through this module */
-static PyObject *seeker; /* called as seeker(fh, offset, whence) */
-
-/* By handle number: the descriptor that reads are served from, or -1. */
-static int *descriptors;
-static size_t handles;
-static char *buffer;
-static size_t buffer_size;
+static bool wrapped; /* pyfuse3 has called a function of this module */
+static bool watched; /* messages between libfuse and the kernel pass through this module */
 
 static bool knows_files; /* the daemon finds files by inode, and wants no open requests */
-static bool unopened;    /* and the kernel supports that */
 
 /* The kernel need not ask for security.capability before a write, because the layers remove it
  * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). libfuse before 3.16 does not know this flag, so it is added to the reply
@@ -155,7 +144,7 @@ static uint32_t choose_capabilities(uint32_t want, const struct fuse_conn_info *
 	/* After an asynchronous direct write, the kernel would not drop pages that were read meanwhile. */
 	uint32_t without = FUSE_CAP_SPLICE_READ | FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_ASYNC_DIO;
 
-	if (unopened)
+	if (handlers_unopened)
 		without |= FUSE_CAP_ATOMIC_O_TRUNC;
 	return (want | ((wanted | KILLPRIV_V2) & conn->capable)) & ~without;
 }
@@ -166,14 +155,14 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	uint64_t before = conn->want_ext;
 #endif
 
-	theirs.init(userdata, conn);
+	handlers_theirs.init(userdata, conn);
 	conn->max_background = UINT16_MAX;
 	last_request_extended = false;
 	in_answer = watched && kernel_has(SETXATTR_EXT) ? SETXATTR_EXT : 0;
 	if (watched && refuses_handles && kernel_has(INIT_EXT))
 		in_answer |= INIT_EXT;
 	last_request_tells_set_id = kernel_has(HANDLE_KILLPRIV_V2) && accept_killpriv(conn);
-	unopened = knows_files && kernel_has(1u << 17); /* FUSE_NO_OPEN_SUPPORT */
+	handlers_unopened = knows_files && kernel_has(1u << 17); /* FUSE_NO_OPEN_SUPPORT */
 #ifdef HAS_WANT_EXT
 	/* There are two fields for it, and libfuse refuses a session in which they differ: set the one that pyfuse3
 	 * sets. */
@@ -189,227 +178,18 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	granted = conn->want = choose_capabilities(conn->want, conn);
 }
 
-/* The daemon's handle numbers begin with 1. */
-static void find_file(fuse_ino_t ino, struct fuse_file_info *fi)
-{
-	if (unopened && !fi->fh)
-		fi->fh = ino | UNOPENED;
-}
-
-static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *data, off_t offset,
-			 struct fuse_file_info *fi)
-{
-	if (store_write(req, ino, data, offset, fi))
-		return;
-	find_file(ino, fi);
-	theirs.write_buf(req, ino, data, offset, fi);
-}
-
-static void on_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)
-{
-	find_file(ino, fi);
-	theirs.fsync(req, ino, datasync, fi);
-}
-
-static void on_fsyncdir(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)
-{
-	if (!shortcut_fsyncdir(req, ino))
-		theirs.fsyncdir(req, ino, datasync, fi);
-}
-
-static void on_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
-{
-	if (!store_release(req, fi))
-		theirs.release(req, ino, fi);
-}
-
-static void on_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size)
-{
-	if (root_acl_is_none(ino, name) || no_capability_has(ino, name))
-		fuse_reply_err(req, ENODATA);
-	else if (!shortcut_getxattr(req, ino, name))
-		theirs.getxattr(req, ino, name, size);
-}
-
-static void on_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size)
-{
-	if (!shortcut_listxattr(req, ino, size))
-		theirs.listxattr(req, ino, size);
-}
-
-static void on_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags)
-{
-	if (!store_setxattr(req, ino, name, value, size, flags))
-		theirs.setxattr(req, ino, name, value, size, flags);
-}
-
-static void on_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
-{
-	if (!store_getattr(req, ino) && !shortcut_getattr(req, ino))
-		theirs.getattr(req, ino, fi);
-}
-
-static void on_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *to, int which, struct fuse_file_info *fi)
-{
-	if (!store_setattr(req, ino, to, which))
-		theirs.setattr(req, ino, to, which, fi);
-}
-
-static void on_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
-{
-	if (!shortcut_lookup(req, parent, name))
-		theirs.lookup(req, parent, name);
-}
-
-static void on_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, struct fuse_file_info *fi)
-{
-	if (!unopened || !shortcut_create(req, parent, name, mode, fi))
-		theirs.create(req, parent, name, mode, fi);
-}
-
-static void on_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode)
-{
-	if (!shortcut_mkdir(req, parent, name, mode))
-		theirs.mkdir(req, parent, name, mode);
-}
-
-static void on_symlink(fuse_req_t req, const char *target, fuse_ino_t parent, const char *name)
-{
-	if (!shortcut_symlink(req, target, parent, name))
-		theirs.symlink(req, target, parent, name);
-}
-
-static void on_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char *name)
-{
-	if (!shortcut_link(req, ino, parent, name))
-		theirs.link(req, ino, parent, name);
-}
-
-static void on_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t to, const char *new_name,
-		      unsigned flags)
-{
-	if (flags || !shortcut_rename(req, parent, name, to, new_name))
-		theirs.rename(req, parent, name, to, new_name, flags);
-}
-
-static void on_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
-{
-	if (!shortcut_unlink(req, parent, name))
-		theirs.unlink(req, parent, name);
-}
-
-/* Have a buffer for *size* bytes. False: there is no memory. */
-static bool have_buffer(size_t size)
-{
-	if (size <= buffer_size)
-		return true;
-	char *larger = realloc(buffer, size);
-	if (!larger)
-		return false;
-	buffer = larger;
-	buffer_size = size;
-	return true;
-}
-
-static void on_readdirplus(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
-{
-	if (!have_buffer(size) || !shortcut_readdirplus(req, ino, buffer, size, offset, fi->fh))
-		theirs.readdirplus(req, ino, size, offset, fi);
-}
-
-static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
-{
-	if (fi->fh == BEYOND && shortcut_copy(req))
-		return;
-	find_file(ino, fi);
-	int fd = fi->fh < handles ? descriptors[fi->fh] : -1;
-	if (!have_buffer(size)) {
-		fuse_reply_err(req, ENOMEM);
-		return;
-	}
-	if (fd < 0) {
-		if (!store_read(req, ino, buffer, size, offset, fi) &&
-		    !(fi->fh == (ino | UNOPENED) && shortcut_read(req, ino, size, offset)))
-			theirs.read(req, ino, size, offset, fi);
-		return;
-	}
-	request_stats_read_directly();
-	ssize_t got;
-	Py_BEGIN_ALLOW_THREADS
-	do
-		got = pread(fd, buffer, size, offset);
-	while (got < 0 && errno == EINTR);
-	int failure = got < 0 ? errno : 0;
-	if (failure)
-		fuse_reply_err(req, failure);
-	else
-		fuse_reply_buf(req, buffer, got);
-	Py_END_ALLOW_THREADS
-}
-
-static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *fi)
-{
-	find_file(ino, fi);
-	PyObject *result = PyObject_CallFunction(seeker, "KLi", (unsigned long long)fi->fh, (long long)offset, whence);
-	long long place = result ? PyLong_AsLongLong(result) : -EIO;
-	Py_XDECREF(result);
-	if (PyErr_Occurred()) {
-		PyErr_WriteUnraisable(seeker);
-		place = -EIO;
-	}
-	if (place < 0)
-		fuse_reply_err(req, (int)-place);
-	else
-		fuse_reply_lseek(req, place);
-}
-
-/* Answer with on_X what pyfuse3 has a handler for. */
-#define WRAP(X)                          \
-	do {                             \
-		if (theirs.X)            \
-			ours.X = on_##X; \
-	} while (0)
-
 /* Return the handlers to pass to libfuse instead of pyfuse3's, and their size. */
-static const struct fuse_lowlevel_ops *wrap_handlers(const struct fuse_lowlevel_ops *op, size_t *size)
+static const struct fuse_lowlevel_ops *wrap(const struct fuse_lowlevel_ops *op, size_t *size)
 {
-	static struct fuse_lowlevel_ops ours;
-
 	if (op->init == on_init) /* already wrapped: libfuse's fuse_session_new() calls the other function */
 		return op;
-	memset(&theirs, 0, sizeof theirs);
-	memcpy(&theirs, op, *size < sizeof theirs ? *size : sizeof theirs);
-	if (!theirs.init || !theirs.read)
+	struct fuse_lowlevel_ops *ours = handlers_wrap(op, *size, &knows_files);
+	if (!ours)
 		return op;
-	ours = theirs;
-	ours.init = on_init;
-	ours.read = on_read;
-	if (theirs.write_buf && theirs.fsync) {
-		ours.write_buf = on_write_buf;
-		ours.fsync = on_fsync;
-	} else {
-		knows_files = false;
-	}
-	WRAP(getxattr);
-	WRAP(listxattr);
-	WRAP(setxattr);
-	WRAP(getattr);
-	WRAP(setattr);
-	WRAP(release);
-	WRAP(readdirplus);
-	WRAP(fsyncdir);
-	WRAP(lookup);
-	WRAP(create);
-	WRAP(mkdir);
-	WRAP(symlink);
-	WRAP(link);
-	WRAP(unlink);
-	WRAP(rename);
-	if (seeker)
-		ours.lseek = on_lseek;
+	ours->init = on_init;
 	wrapped = true;
-	*size = sizeof ours;
-	return &ours;
+	*size = sizeof *ours;
+	return ours;
 }
 
 /* These have other C names: fuse_lowlevel.h declares one as a macro and the other, depending on its version,
@@ -424,7 +204,7 @@ struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowle
 {
 	__typeof__(&session_new) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new");
 
-	op = wrap_handlers(op, &size);
+	op = wrap(op, &size);
 	return real ? real(args, op, size, userdata) : NULL;
 }
 
@@ -434,7 +214,7 @@ struct fuse_session *session_new_versioned(struct fuse_args *args, const struct 
 {
 	__typeof__(&session_new_versioned) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new_versioned");
 
-	op = wrap_handlers(op, &size);
+	op = wrap(op, &size);
 	return real ? real(args, op, size, version, userdata) : NULL;
 }
 
@@ -506,9 +286,8 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	no_capability_reset();
 	store_inodes_reset();
 	shortcuts_reset();
-	Py_INCREF(callable);
-	Py_XSETREF(seeker, callable);
-	wrapped = watched = unopened = last_request_extended = last_request_tells_set_id = false;
+	handlers_reset(callable);
+	wrapped = watched = last_request_extended = last_request_tells_set_id = false;
 	granted = 0;
 	Py_RETURN_NONE;
 }
@@ -531,33 +310,10 @@ static PyObject *watches(PyObject *self, PyObject *args)
 	return PyBool_FromLong(watched);
 }
 
-static PyObject *read_from(PyObject *self, PyObject *args)
-{
-	unsigned long long number;
-	int fd;
-	(void)self;
-	if (!PyArg_ParseTuple(args, "Ki", &number, &fd))
-		return NULL;
-	if (number >= handles) {
-		size_t more = handles ? 2 * handles : 64;
-		while (more <= number)
-			more *= 2;
-		int *larger = number < (1u << 30) ? realloc(descriptors, more * sizeof *larger) : NULL;
-		if (!larger)
-			return PyErr_NoMemory();
-		for (size_t i = handles; i < more; i++)
-			larger[i] = -1;
-		descriptors = larger;
-		handles = more;
-	}
-	descriptors[number] = fd;
-	Py_RETURN_NONE;
-}
-
 static PyObject *opens_nothing(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
-	return PyBool_FromLong(unopened);
+	return PyBool_FromLong(handlers_unopened);
 }
 
 static PyMethodDef methods[] = {
@@ -572,8 +328,6 @@ static PyMethodDef methods[] = {
 	  "capabilities(): the FUSE_CAP_* of the session; 0 before FUSE_INIT." },
 	{ "takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made by this module." },
 	{ "watches", watches, METH_NOARGS, "watches(): whether libfuse's messages pass through this module." },
-	{ "read_from", read_from, METH_VARARGS,
-	  "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: pass them to pyfuse3." },
 	{ NULL, NULL, 0, NULL },
 };
 
@@ -586,9 +340,9 @@ PyMODINIT_FUNC PyInit__libfuse(void)
 {
 	PyObject *module = PyModule_Create(&definition);
 
-	PyMethodDef *parts[] = { ring_methods,          ring_setup_methods,   core_lock_methods,    beyond_methods,
-				 request_stats_methods, passthrough_methods,  last_request_methods, last_change_methods,
-				 no_capability_methods, store_inodes_methods, shortcuts_methods };
+	PyMethodDef *parts[] = { handlers_methods,    ring_methods,          ring_setup_methods,   core_lock_methods,
+				 beyond_methods,      request_stats_methods, passthrough_methods,  last_request_methods,
+				 last_change_methods, no_capability_methods, store_inodes_methods, shortcuts_methods };
 	for (size_t i = 0; module && i < sizeof parts / sizeof *parts; i++)
 		if (PyModule_AddFunctions(module, parts[i]))
 			Py_CLEAR(module);

@@ -29,10 +29,11 @@ from cowfs.fuse.handlers import Said, async_, changing, sync, told
 from cowfs.fuse.inode_limit import prune
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.nodes import FOREVER
+from cowfs.fuse.open_directories import DOTS, OpenDirectories, OpenDirectory
 from cowfs.fuse.owners import OwnerMap
 from cowfs.fuse.quotas import Bounds
 from cowfs.fuse.quotas import bounds as bounds_of_process
-from cowfs.fuse.snapshots import DOTS, OpenDirectory, Snapshots
+from cowfs.fuse.shortcuts import Directories
 from cowfs.fuse.threads import SLICE
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
@@ -93,10 +94,7 @@ class Adapter(BeyondHandlers):
         fs.host.opened = self._opened_nodes
         fs.host.lent = self._lent_nodes
         fs.host.prune = self._prune_lent
-        self.snapshots = Snapshots(bounds.names)
-        self._listings: dict[int, OpenDirectory] = {}
-        self._listed = 0
-        self._kept: set[Node] = set()
+        self.directories = OpenDirectories(self._files.opened, bounds.names)
         self._missing = EntryAttributes()  # st_ino 0: the kernel caches that the name does not exist
         self._missing.entry_timeout = FOREVER
 
@@ -416,21 +414,15 @@ class Adapter(BeyondHandlers):
 
     @sync
     def opendir(self, inode: int, ctx: RequestContext) -> int:
-        node = self._node(inode)
-        self._files.opened.claim(ctx.uid)
-        self._listed += 1
-        number = self._listed | libfuse.LISTING
-        # The kernel's cache is for one reader at a time: it would give a second reader, past the beginning,
-        # what the first one got before the second one came.
-        if node not in self._kept and not self._fs.upper.atime.always:  # strictatime needs each read
-            self._kept.add(node)
-            number |= libfuse.KEPT
-        self._listings[number] = OpenDirectory(node, ctx.uid)
-        return number
+        return self._open_directory(inode, ctx.uid)
+
+    def _open_directory(self, inode: int, uid: int) -> int:
+        cache = not self._fs.upper.atime.always  # strictatime needs each read
+        return self.directories.open(self._node(inode), uid, cache=cache)
 
     @async_
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        listing = self._listings[fh]
+        listing = self.directories[fh]
         if not self._has_slow_lowers:
             await self._list(listing, start_id, token, None)
             return
@@ -484,10 +476,14 @@ class Adapter(BeyondHandlers):
 
     def _begin(self, listing: OpenDirectory, names: Listing) -> None:
         self._fs.was_read(listing.node)
-        self.snapshots.keep(listing, names)
+        self.directories.snapshots.keep(listing, names)
+
+    def _directories(self) -> Directories:
+        return Directories(self._open_directory, self.directories.close, self._listed_at_once)
 
     def _listed_at_once(self, number: int, start: int) -> Listing | None:
-        listing = self._listings[number]
+        """Return the names to list in an open directory from the place *start* on; None if it takes long."""
+        listing = self.directories[number]
         if listing.names is None or start == 0:
             names = self._fs.listing(listing.node)
             if callable(names):
@@ -497,15 +493,11 @@ class Adapter(BeyondHandlers):
 
     @sync
     def releasedir(self, fh: int) -> None:
-        listing = self._listings.pop(fh)
-        self.snapshots.drop(listing)
-        self._files.opened.give_back(listing.opener)
-        if fh & libfuse.KEPT:
-            self._kept.discard(listing.node)
+        self.directories.close(fh)
 
     @async_
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        listing = self._listings[fh]
+        listing = self.directories[fh]
         node = listing.node
         stored = self._fs.stored(node)
         if stored is not None:
@@ -529,7 +521,7 @@ class Adapter(BeyondHandlers):
                 prune(self._loop.connection(), inodes)
 
     def _opened_nodes(self) -> list[Node]:
-        return [*self._files.nodes(), *(listing.node for listing in self._listings.values())]
+        return [*self._files.nodes(), *self.directories.nodes()]
 
     def rolled_back(self) -> None:
         """Note that the whole tree was replaced."""

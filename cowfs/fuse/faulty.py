@@ -149,7 +149,7 @@ def _paths(adapter: Any, args: dict[str, Any]) -> Iterator[bytes]:
         yield from _place(adapter, args["inode"])
     elif "fh" in args:
         node = adapter.node_of(args["fh"])
-        listing = adapter._listings.get(args["fh"])
+        listing = adapter.directories.get(args["fh"])
         yield from _of(node if node is not None else listing.node if listing is not None else None)
 
 

@@ -19,7 +19,7 @@ from cowfs.fuse.lazy_copier import LazyCopier
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.owners import OwnerMap, owners
 from cowfs.fuse.passthrough import Passthrough
-from cowfs.fuse.shortcuts import Shortcuts
+from cowfs.fuse.shortcuts import Directories, Shortcuts
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.slow import Answers, SlowLayer
@@ -30,7 +30,7 @@ from cowfs.overlay.find import Places, at_place, see_all
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import APART, Node
 from cowfs.overlay.overlay import Overlay
-from cowfs.overlay.readdir import Listing, Seen
+from cowfs.overlay.readdir import Seen
 from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
@@ -88,11 +88,11 @@ class NodeHandlers(Handlers):
 
     def _shortcuts(self, upper: Ext3Layer) -> Shortcuts:
         return Shortcuts(
-            self._fs, upper, self._masked, self._loop.is_quiet, self._listed_at_once, self._capability_removed
+            self._fs, upper, self._masked, self._loop.is_quiet, self._directories(), self._capability_removed
         )
 
-    def _listed_at_once(self, number: int, start: int) -> Listing | None:
-        """Return the names to list in an open directory from the place *start* on; None if it takes long."""
+    def _directories(self) -> Directories:
+        """Return what the shortcuts call for open directories."""
         raise NotImplementedError
 
     def _inode_of(self, ino: int) -> int:

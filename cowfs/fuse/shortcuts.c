@@ -25,6 +25,9 @@ enum function {
 	UNLINK,
 	RENAME,
 	READ,
+	READLINK,
+	OPENDIR,
+	RELEASEDIR,
 	LIST,
 	COPY_UP,
 	HAS_NO_XATTRS,
@@ -42,6 +45,9 @@ static const char *const NAMES[FUNCTIONS] = {
 	[UNLINK] = "unlink",
 	[RENAME] = "rename",
 	[READ] = "read",
+	[READLINK] = "readlink",
+	[OPENDIR] = "opendir",
+	[RELEASEDIR] = "releasedir",
 	[LIST] = "list",
 	[COPY_UP] = "copy_up",
 	[HAS_NO_XATTRS] = "has_no_xattrs",
@@ -320,27 +326,90 @@ bool shortcut_copy(fuse_req_t req)
 	return done;
 }
 
-/* Add an entry that Python describes to a listing; return its size, 0 if it does not fit, or cannot be read. */
-static size_t add_entry(fuse_req_t req, PyObject *described, char *buffer, size_t room)
+/* Close an open directory; false if there is none. */
+static bool close_directory(uint64_t handle)
 {
-	struct fuse_entry_param entry = { .ino = 0 };
-	unsigned long long place, ino, generation;
+	PyObject *number = PyLong_FromUnsignedLongLong(handle);
+	PyObject *result = number ? call(RELEASEDIR, &number, 1) : NULL;
+
+	Py_XDECREF(result);
+	return result == Py_True;
+}
+
+bool shortcut_readlink(fuse_req_t req, fuse_ino_t ino)
+{
+	PyObject *number = functions[READLINK] ? PyLong_FromUnsignedLong(ino) : NULL;
+	PyObject *target = number ? call(READLINK, &number, 1) : NULL;
+
+	if (!target)
+		return false;
+	fuse_reply_readlink(req, PyBytes_AS_STRING(target));
+	Py_DECREF(target);
+	return true;
+}
+
+bool shortcut_opendir(fuse_req_t req, fuse_ino_t ino, const struct fuse_file_info *fi)
+{
+	if (!functions[OPENDIR])
+		return false;
+	PyObject *arguments[] = { PyLong_FromUnsignedLong(ino), PyLong_FromUnsignedLong(fuse_req_ctx(req)->uid) };
+	PyObject *number = call(OPENDIR, arguments, 2);
+	if (!number)
+		return false;
+	struct fuse_file_info opened = *fi;
+	opened.fh = PyLong_AsUnsignedLongLong(number);
+	Py_DECREF(number);
+	if (fuse_reply_open(req, &opened) == -ENOENT) /* interrupted: there will be no RELEASEDIR */
+		close_directory(opened.fh);
+	return true;
+}
+
+bool shortcut_releasedir(fuse_req_t req, uint64_t number)
+{
+	if (!functions[RELEASEDIR] || !close_directory(number))
+		return false;
+	fuse_reply_err(req, 0);
+	return true;
+}
+
+/* Describe an entry of a listing; return its name, and its place in *place*, or NULL if it cannot be read. */
+static const char *parse_listed(PyObject *listed, unsigned long long *place, struct fuse_entry_param *entry)
+{
+	enum { DESCRIBED = 3 };
+	unsigned long long ino, generation;
+	PyObject *described;
 	const char *name;
 	unsigned inode;
 
-	if (!PyArg_ParseTuple(described, "KyKKI", &place, &name, &ino, &generation, &inode)) {
+	if (PyTuple_GET_SIZE(listed) == DESCRIBED) {
+		bool done = PyArg_ParseTuple(listed, "KyO!", place, &name, &PyTuple_Type, &described) &&
+			    parse(LIST, described, entry);
+		return done ? name : NULL;
+	}
+	*entry = (struct fuse_entry_param){ .ino = 0 };
+	if (!PyArg_ParseTuple(listed, "KyKKI", place, &name, &ino, &generation, &inode)) {
 		PyErr_WriteUnraisable(functions[LIST]);
-		return 0;
+		return NULL;
 	}
 	if (!inode)
-		entry.attr.st_mode = S_IFDIR;
-	else if (store_entry(inode, &entry))
-		return 0;
+		entry->attr.st_mode = S_IFDIR;
+	else if (store_entry(inode, entry))
+		return NULL;
 	else
-		entry.ino = ino;
-	entry.attr.st_ino = ino;
-	entry.generation = generation;
-	size_t size = fuse_add_direntry_plus(req, buffer, room, name, &entry, (off_t)place);
+		entry->ino = ino;
+	entry->attr.st_ino = ino;
+	entry->generation = generation;
+	return name;
+}
+
+/* Add an entry that Python describes to a listing; return its size, 0 if it does not fit, or cannot be read. */
+static size_t add_entry(fuse_req_t req, PyObject *listed, char *buffer, size_t room)
+{
+	struct fuse_entry_param entry;
+	unsigned long long place;
+	const char *name = parse_listed(listed, &place, &entry);
+	size_t size = name ? fuse_add_direntry_plus(req, buffer, room, name, &entry, (off_t)place) : 0;
+
 	return size <= room ? size : 0;
 }
 

@@ -23,6 +23,9 @@ bool shortcut_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char
 bool shortcut_unlink(fuse_req_t req, fuse_ino_t parent, const char *name);
 bool shortcut_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t to, const char *new_name);
 bool shortcut_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset);
+bool shortcut_readlink(fuse_req_t req, fuse_ino_t ino);
+bool shortcut_opendir(fuse_req_t req, fuse_ino_t ino, const struct fuse_file_info *fi);
+bool shortcut_releasedir(fuse_req_t req, uint64_t number);
 bool shortcut_readdirplus(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset, uint64_t number);
 bool shortcut_fsyncdir(fuse_req_t req, fuse_ino_t ino); /* of a directory that is on disk already */
 /* Copy up a small file of an image below; return its number in the store's image, 0 if that is not done. */

@@ -7,10 +7,11 @@ awaited. Everything else is left to those handlers, including errors, because a 
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from cowfs.fuse import libfuse
-from cowfs.fuse.snapshots import DOTS
+from cowfs.fuse.open_directories import DOTS
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.overlay.dir import Owner, add_file, remove_file
@@ -26,8 +27,22 @@ _AT_ONCE = 256
 """The most names that are listed in one answer, so that others need not wait."""
 Made = tuple[int, int, int]
 """The number and generation of a new inode, and its number in the image."""
-Listed = tuple[int, bytes, int, int, int]
+Plain = tuple[int, bytes, int, int, int]
 """A place in a listing, the name that stands before it, and what Made says; zeros for ``.`` and ``..``."""
+Described = tuple[int, bytes, tuple[int, ...]]
+"""The same with what :meth:`Shortcuts.lookup` returns."""
+Entries = list[Plain | Described]
+
+
+class Directories(NamedTuple):
+    """Functions for open directories."""
+
+    open: Callable[[int, int], int]
+    """Open the directory of this inode for this user; return the handle number. OSError, FUSEError."""
+    close: Callable[[int], None]
+    """Close a handle number."""
+    names: Callable[[int, int], Listing | None]
+    """Return the names for a handle number and a place to begin at; None if finding them takes long."""
 
 
 class Shortcuts:
@@ -39,14 +54,13 @@ class Shortcuts:
         upper: Ext3Layer,
         masked: Callable[[Node, int, int], int],
         is_quiet: Callable[[], bool],
-        listed: Callable[[int, int], Listing | None],
+        directories: Directories,
         capability_removed: set[int],
     ) -> None:
         """*upper* is the image; *masked* applies the umask to the mode of a new inode in a directory;
-        *is_quiet* says whether no other request waits. *listed* returns the names for an open directory and a
-        place to begin at; None if finding them takes long. *capability_removed* are the inodes whose
-        capability the kernel has just removed."""
-        self._listed = listed
+        *is_quiet* says whether no other request waits. *capability_removed* are the inodes whose capability
+        the kernel has just removed."""
+        self._directories = directories
         self._capability_removed = capability_removed
         self._is_quiet = is_quiet
         self._fs = fs
@@ -181,33 +195,83 @@ class Shortcuts:
         except Exception:
             return None
 
-    def list(self, ino: int, number: int, start: int, space: int) -> list[Listed] | None:
-        """Return the names that follow *start*, as many as fit into *space* bytes. None: ask the handler."""
-        node = self._directory(ino)
+    def readlink(self, ino: int) -> bytes | None:
+        """Return the target of a symbolic link. None: ask the handler."""
+        node = self._nodes.get(ino)
         try:
-            names = None if node is None or node.is_merged else self._listed(number, start)
-            if node is None or names is None:
+            return None if node is None else self._fs.readlink(node)
+        except Exception:
+            return None
+
+    def opendir(self, ino: int, uid: int) -> int | None:
+        """Open the directory *ino*; return the handle number. None: ask the handler."""
+        try:
+            return self._directories.open(ino, uid)
+        except Exception:
+            return None
+
+    def releasedir(self, number: int) -> bool:
+        """Close an open directory; False: ask the handler."""
+        try:
+            self._directories.close(number)
+            return True
+        except Exception:
+            return False
+
+    def list(self, ino: int, number: int, start: int, space: int) -> Entries | None:
+        """Return the names that follow *start*, as many as fit into *space* bytes. None: ask the handler."""
+        node = self._nodes.get(ino)
+        if node is None or node.children is None:
+            return None
+        entries: Entries = []
+        try:
+            names = self._directories.names(number, start)
+            if names is None:
                 return None
-            entries: list[Listed] = []
             for dots in range(start, DOTS):
                 this = node if dots == 0 else self._fs.above(node)
                 entries.append((dots + 1, b"." * (dots + 1), this.ino, 0, 0))
                 space -= _size_of_entry(b"..")
-            next_ones: list[tuple[int, bytes]] = []
-            for place, name in names.after(max(start - DOTS, 0)):
-                space -= _size_of_entry(name)
-                if space < 0 or len(next_ones) == _AT_ONCE:
-                    break
-                next_ones.append((place, name))
-            nodes = plain_nodes(self._fs, self._upper, node, [name for _, name in next_ones])
-            if next_ones and not nodes:
-                return None
-            for (place, name), found in zip(next_ones, nodes, strict=False):
-                found.lookups += 1
-                entries.append((DOTS + place, name, *_numbers(found)))
-            return entries
+            following = names.after(max(start - DOTS, 0))
+            if node.upper is None or node.is_merged or ino & APART:
+                return self._list_each(node, following, space, entries)
+            return self._list_plain(node, following, space, entries)
         except Exception:
             return None
+
+    def _list_plain(
+        self, node: Node, following: Iterable[tuple[int, bytes]], space: int, entries: Entries
+    ) -> Entries | None:
+        """Add names of a directory that only the image has."""
+        next_ones: list[tuple[int, bytes]] = []
+        for place, name in following:
+            space -= _size_of_entry(name)
+            if space < 0 or len(next_ones) == _AT_ONCE:
+                break
+            next_ones.append((place, name))
+        nodes = plain_nodes(self._fs, self._upper, node, [name for _, name in next_ones])
+        if next_ones and not nodes:
+            return None
+        for (place, name), found in zip(next_ones, nodes, strict=False):
+            found.lookups += 1
+            entries.append((DOTS + place, name, *_numbers(found)))
+        return entries
+
+    def _list_each(
+        self, node: Node, following: Iterable[tuple[int, bytes]], space: int, entries: Entries
+    ) -> Entries | None:
+        """Add names of any directory, up to the first that the handler must look up; None if that is the
+        first of all, or if too many names are not shown."""
+        for looked_up, (place, name) in enumerate(following):
+            if _size_of_entry(name) > space:
+                break
+            described = self.lookup(node.ino, name) if looked_up < _AT_ONCE else None
+            if described is None:
+                return entries or None
+            if isinstance(described, tuple):
+                entries.append((DOTS + place, name, described))
+                space -= _size_of_entry(name)
+        return entries
 
     def copy_up(self, ino: int) -> int:
         """Copy up a small file of an image below, for a change that C makes. Return its number in the store's

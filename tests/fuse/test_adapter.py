@@ -258,12 +258,12 @@ async def test_few_snapshots_are_kept_and_each_reader_sees_all(fs: Direct) -> No
             await adapter.readdir(fh, places[number], page)  # type: ignore[arg-type]
             seen[number] += page.names
             places[number] = page.next or places[number]
-            assert len(adapter.snapshots) <= 250
+            assert len(adapter.directories.snapshots) <= 250
     expected = sorted([b".", b"..", b"own", *(b"%03d" % number for number in range(100))])
     assert [sorted(names) for names in seen] == [expected] * len(readers)
     for fh in readers:
         await adapter.releasedir(fh)
-    assert len(adapter.snapshots) == 0
+    assert len(adapter.directories.snapshots) == 0
 
 
 async def test_a_full_store_first_serves_other_requests(

@@ -41,8 +41,9 @@ def opening(init):
 
 Adapter.__init__ = opening(Adapter.__init__)
 for name in (
-    "_beyond", "create", "fsyncdir", "getattr", "getxattr", "listxattr", "lookup", "mkdir", "opendir", "read",
-    "readdir", "readlink", "rename", "setattr", "setxattr", "symlink", "unlink", "write", "link",
+    "_beyond", "create", "fsyncdir", "getattr", "getxattr", "link", "listxattr", "lookup", "mkdir", "opendir",
+    "read", "readdir", "readlink", "releasedir", "rename", "setattr", "setxattr", "symlink", "unlink",
+    "write",
 ):
     setattr(Adapter, name, noting(name, getattr(Adapter, name)))
 sys.exit(main(sys.argv[2:]))
@@ -316,14 +317,38 @@ def test_small_files_are_copied_up_without_coroutines(over_squashfs: Noted) -> N
 
 def _see(top: Path) -> dict[str, tuple[int, ...]]:
     """Return what stat(2) says of all names in a directory, which is listed first."""
-    found: dict[str, tuple[int, ...]] = {}
-    for entry in os.scandir(top):
-        now = entry.stat(follow_symlinks=False)
-        found[entry.name] = (
-            now.st_ino, now.st_mode, now.st_nlink, now.st_uid, now.st_rdev, now.st_size, now.st_blocks,
-            now.st_atime_ns, now.st_mtime_ns, now.st_ctime_ns,
-        )  # fmt: skip
-    return found
+    return {entry.name: _stat_of(entry) for entry in os.scandir(top)}
+
+
+def _stat_of(path: Path | os.DirEntry[str]) -> tuple[int, ...]:
+    now = path.stat(follow_symlinks=False)
+    return (
+        now.st_ino, now.st_mode, now.st_nlink, now.st_uid, now.st_rdev, now.st_size, now.st_blocks,
+        now.st_atime_ns, now.st_mtime_ns, now.st_ctime_ns,
+    )  # fmt: skip
+
+
+@needs_mksquashfs
+def test_merged_directories_are_listed_without_coroutines(over_squashfs: Noted) -> None:
+    top = over_squashfs.path
+    (top / "d/new").write_bytes(b"new")
+    (top / "d/empty").unlink()
+    (top / "d/0").rmdir()
+    (top / "file").chmod(0o640)
+    names = sorted([*map(str, range(1, 100)), "new", "small"])
+    known = {name: _stat_of(top / "d" / name) for name in names}
+    over_squashfs.remount()
+    assert _see(top / "d") == known
+    assert sorted(os.listdir(top)) == ["d", "file", "large", "link"]
+    assert os.listdir(top / "d/1") == []
+    assert os.readlink(top / "link") == "file"
+    assert (top / "file").read_bytes() == b"below\n" * 1000
+    kinds = ("lookup", "readdir", "opendir", "releasedir", "readlink")
+    assert [kind for kind in kinds if over_squashfs.requests(kind)] == []
+    with pytest.raises(NotADirectoryError):
+        os.open(top / "file", os.O_DIRECTORY)
+    two = [os.scandir(top / "d"), os.scandir(top / "d")]
+    assert {entry.name for entry in two[0]} == {entry.name for entry in two[1]} == set(names)
 
 
 @needs_root
