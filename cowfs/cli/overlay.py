@@ -146,8 +146,11 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
             "xattr_permissions: owners and modes in attributes are not supported", "leave it out"
         )
     style = _style(words)
-    named = None if not upper or style == "overlayfs" else _named_whiteout(_plain(upper))
-    if named is not None:  # a layer of an image: a write could change what its digest is of
+    # A layer of an image, as podman unpacks it, has whiteouts by name, and a write could change what its digest
+    # is of. In an upper that was written through cowfs such names are files, as for the kernel.
+    names_are_files = not upper or style == "overlayfs" or _was_written(_plain(work))
+    named = None if names_are_files else _named_whiteout(_plain(upper))
+    if named is not None:
         warn(
             f"{named}: a whiteout by name in upperdir: mounted read-only (whiteouts=overlayfs reads no names)"
         )
@@ -176,6 +179,13 @@ def _style(words: dict[str, str]) -> str:
     if style not in STYLES:
         raise UsageError(f"unknown whiteouts {style!r}", "give one of " + ", ".join(STYLES))
     return style
+
+
+def _was_written(work: str) -> bool:
+    """Whether cowfs has mounted the upper of this work dir writable before."""
+    from cowfs.store.format.layout import HEADER, PRIVATE
+
+    return os.path.exists(os.path.join(work, os.fsdecode(PRIVATE), os.fsdecode(HEADER)))
 
 
 def _named_whiteout(upper: str) -> str | None:

@@ -117,6 +117,9 @@ def test_an_upper_with_named_whiteouts_is_read(place: Path) -> None:
     with overlay(place, "whiteouts=overlayfs") as top:
         assert {".wh.a", "a", "b", "hidden"} <= {p.name for p in top.iterdir()}
         (top / "d/newer").touch()
+    with overlay(place) as top:
+        assert {".wh.a", "a", "b"} <= {p.name for p in top.iterdir()}, "files, in an upper that cowfs has written"
+        (top / "d/newest").touch()
 
 
 def test_opaque_directories_of_lowers_hide_what_is_below(place: Path) -> None:
