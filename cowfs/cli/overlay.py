@@ -146,8 +146,8 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
             "xattr_permissions: owners and modes in attributes are not supported", "leave it out"
         )
     style = _style(words)
-    # A layer of an image, as podman unpacks it, has whiteouts by name, and a write could change what its digest
-    # is of. In an upper that was written through cowfs such names are files, as for the kernel.
+    # A layer of an image, as podman unpacks it, has whiteouts by name, and a write could change what its
+    # digest is of. In an upper that was written through cowfs such names are files, as for the kernel.
     names_are_files = not upper or style == "overlayfs" or _was_written(_plain(work))
     named = None if names_are_files else _named_whiteout(_plain(upper))
     if named is not None:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# On a bare Debian, in the source: make install, what it puts where, a mount, and make uninstall, which leaves nothing.
+# On a bare Debian, in the source: make install, what it puts where, a mount, the commands of the documents, and
+# make uninstall, which leaves nothing.
 
 set -eux
 all() {
@@ -7,6 +8,7 @@ all() {
         ! -name __pycache__ ! -name '*.pyc' ! -name ld.so.cache -print | sort
 }
 scripts/setup --packages
+DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends attr # the documents use it
 all >/tmp/before
 make install
 all >/tmp/with
@@ -29,6 +31,7 @@ umount m
 fsck.cowfs -n s.bs
 test -e /usr/local/share/man/man1/cowfs-diff.1
 cd /src
+tests/release/newcomer.py
 make uninstall
 all >/tmp/after
 diff /tmp/before /tmp/after
