@@ -10,9 +10,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cowfs.changes.merged import Merged
-from cowfs.changes.version import Tree, Version, version_of
+from cowfs.changes.mounted import MountedTree
+from cowfs.changes.paths import checked
+from cowfs.changes.version import Tree, Version
 from cowfs.client import ask, checked_answer, record_batches, the_mount
 from cowfs.errors import CowfsError, MountFailure
+from cowfs.jsontext import whole
 from cowfs.linux.trust import mount_forbids
 from cowfs.offline_changes import Tell, identities
 from cowfs.overlay.stack import Stack
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 3600.0
 """Seconds that a daemon may take from one change to the next: it may be comparing a huge file."""
+_MOST = 1 << 64
+"""No size and no attribute is larger."""
 
 
 class MountedChanges:
@@ -39,7 +44,7 @@ class MountedChanges:
         self._stack = stack
         self._tell = tell
         self._lowers: Merged | None = None
-        self._root = -1
+        self._tree: MountedTree | None = None
 
     def __iter__(self) -> Iterator[Change]:
         return self._told()
@@ -51,10 +56,13 @@ class MountedChanges:
         return self._told(directory_times=True)
 
     def tree(self) -> Tree:
-        from cowfs.changes.mounted import MountedTree
+        return self._opened_tree()
 
+    def _opened_tree(self) -> MountedTree:
         tree = MountedTree(self._path)
         self._stack.callback(tree.close)
+        if tree.dev != self._dev:
+            raise MountFailure(f"{self._path}: is no longer the mount that was asked", "try again")
         return tree
 
     def tree_before(self) -> Tree:
@@ -70,6 +78,7 @@ class MountedChanges:
             else:
                 with checked_answer(self._path):
                     change = from_json(reply["change"])
+                    checked(change.path), checked(change.source or b"")
                 yield change
 
     def before(self, path: bytes) -> Version | None:
@@ -78,25 +87,31 @@ class MountedChanges:
     def after(self, path: bytes) -> Version | None:
         if self._until is not None:
             return self._kept(path, self._until)
-        if self._root < 0:
-            self._root = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._stack.callback(os.close, self._root)
-        return version_of(path, self._root)
+        if self._tree is None:
+            self._tree = self._opened_tree()
+        return self._tree.version(path)
 
     def _kept(self, path: bytes, name: str) -> Version | None:
         """Return what a checkpoint has at a path: the daemon, which has the store, reads it."""
         asked = base64.b64encode(path).decode()
 
-        def read() -> bytes:
-            replies = ask(self._dev, "version", timeout=PATIENCE, at=name, path=asked, content=True)
-            with checked_answer(self._path):
-                return b"".join(base64.b64decode(reply["data"]) for reply in replies if "data" in reply)
-
         first = next(ask(self._dev, "version", timeout=PATIENCE, at=name, path=asked), None)
         if first is None:
             return None
         with checked_answer(self._path):
-            return Version(AttrData(*map(int, first["attr"])), read)
+            attr = AttrData(*(whole(each, _MOST, -_MOST) for each in first["attr"]))
+
+        def read() -> bytes:
+            pieces, room = [], attr.st_size
+            for reply in ask(self._dev, "version", timeout=PATIENCE, at=name, path=asked, content=True):
+                with checked_answer(self._path):
+                    pieces.append(base64.b64decode(reply.get("data", "")))
+                    room -= len(pieces[-1])
+                    if room < 0:
+                        raise ValueError(room)
+            return b"".join(pieces)
+
+        return Version(attr, read)
 
     def files_before(self, path: bytes) -> Iterator[bytes]:
         if self._since is None:
@@ -105,7 +120,7 @@ class MountedChanges:
         asked = base64.b64encode(path).decode()
         for reply in ask(self._dev, "files", timeout=PATIENCE, at=self._since, path=asked):
             with checked_answer(self._path):
-                found = base64.b64decode(reply["path"])
+                found = checked(base64.b64decode(reply["path"]))
             yield found
 
     def explain(self, path: bytes) -> dict[str, Any]:
@@ -119,7 +134,8 @@ class MountedChanges:
                 self._tell(str(reply["said"]))
                 continue
             with checked_answer(self._path):
-                used = Used(base64.b64decode(reply["path"]), str(reply["reason"]), int(reply["size"]))
+                path = checked(base64.b64decode(reply["path"]))
+                used = Used(path, str(reply["reason"]), whole(reply["size"], _MOST))
                 used = used._replace(is_dir=reply.get("directory") is True)
                 if used.reason not in REASONS:
                     raise ValueError(used.reason)

@@ -7,15 +7,18 @@ import functools
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from cowfs.changes.paths import join
 from cowfs.changes.scan import GONE
-from cowfs.changes.version import Node
+from cowfs.changes.version import Node, Version
+from cowfs.layers import beneath
 from cowfs.layers.base import File
 from cowfs.layers.kernel_file import KernelFile
+from cowfs.types import Attr
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PIECE = 1 << 20
 _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP}
 
 
@@ -30,6 +33,9 @@ class MountedTree:
             (b"", os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         ]
         self._dev = os.fstat(self._way[0][1]).st_dev
+        self.dev = f"{os.major(self._dev)}:{os.minor(self._dev)}"
+        """The number of the mount's device, as in mountinfo."""
+        self._ways = beneath.guarded(self._way[0][1])
 
     def close(self) -> None:
         """Close it."""
@@ -51,8 +57,25 @@ class MountedTree:
             (0, attr.st_dev, attr.st_ino),
             functools.partial(_xattrs, place),
             functools.partial(os.readlink, name, dir_fd=fd),
-            functools.partial(_open, name, fd),
+            functools.partial(_open, self._ways, name, fd),
         )
+
+    def version(self, path: bytes) -> Version | None:
+        """Return the version of the file at *path*; None if there is none. Its content is read later."""
+        node = self.node(path)
+        return None if node is None else Version(node.attr, functools.partial(self._read, path, node.attr))
+
+    def _read(self, path: bytes, attr: Attr) -> bytes:
+        """Return the content or the target of what :meth:`version` found. ESTALE if it was replaced."""
+        if not (stat.S_ISREG(attr.st_mode) or stat.S_ISLNK(attr.st_mode)):
+            return b""
+        node = self.node(path)
+        if node is None or stat.S_IFMT(node.attr.st_mode) != stat.S_IFMT(attr.st_mode):
+            raise beneath.stale(b"/" + path)
+        if stat.S_ISLNK(attr.st_mode):
+            return node.target()
+        with closing(node.open()) as file:
+            return b"".join(_pieces(file, attr.st_size))  # it may grow meanwhile
 
     def names(self, path: bytes) -> set[bytes]:
         fd = self._directory(path)
@@ -90,9 +113,9 @@ class MountedTree:
         rest = path[len(here) :].strip(b"/")
         for name in rest.split(b"/") if rest else ():
             try:
-                fd = os.open(name, _DIRECTORY, dir_fd=fd)
+                fd = self._ways.open(fd, name, _DIRECTORY)
             except OSError as error:
-                if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV}:
                     return -1
                 raise
             here = join(here, name)
@@ -100,9 +123,21 @@ class MountedTree:
         return fd
 
 
-def _open(name: bytes, fd: int) -> File:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return KernelFile(os.open(name, flags, dir_fd=fd))
+def _open(ways: beneath.Ways, name: bytes, fd: int) -> File:
+    found = ways.open(fd, name, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise beneath.stale(name)
+        return KernelFile(beneath.reopen(found, os.O_RDONLY | os.O_CLOEXEC))
+    finally:
+        os.close(found)
+
+
+def _pieces(file: File, size: int) -> Iterator[bytes]:
+    at = 0
+    while at < size and (piece := file.pread(min(_PIECE, size - at), at)):
+        yield piece
+        at += len(piece)
 
 
 def _xattrs(place: bytes) -> dict[bytes, bytes]:

@@ -21,6 +21,16 @@ def type_name(mode: int) -> str:
     return _TYPES.get(stat.S_IFMT(mode), "file")
 
 
+def checked(path: bytes) -> bytes:
+    """Return a path that another user's daemon has sent. ValueError if it is not one inside a tree.
+
+    The empty path is the root of the tree.
+    """
+    if (path and not {b"", b".", b".."}.isdisjoint(path.split(b"/"))) or b"\0" in path:
+        raise ValueError(path)
+    return path
+
+
 def below(base: bytes, redirect: bytes) -> bytes:
     """Return the path in the lowers that *redirect* means, for a child of the directory *base*."""
     return redirect[1:] if redirect.startswith(b"/") else join(base, redirect)

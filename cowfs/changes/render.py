@@ -132,7 +132,8 @@ def from_json(entry: dict[str, Any]) -> Change:
         source = None if entry.get("source") is None else get_path(entry, "source")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a change: {entry!r}") from error
-    if kind not in _WORDS or not all(isinstance(text, str) for text in (*what, type_)):
+    words = (*what, type_)
+    if kind not in _WORDS or not all(isinstance(word, str) and word.isprintable() for word in words):
         raise ValueError(f"not a change: {entry!r}")
     return Change(kind, path, what, source, type_, names)
 

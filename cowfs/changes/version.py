@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -71,25 +70,3 @@ class Tree(Protocol):
 
     def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
         """Yield the paths of the changed inodes with these identities (:attr:`Node.identity`)."""
-
-
-def version_of(path: bytes, root: int) -> Version | None:
-    """Return the version of the file at *path* below the directory descriptor *root*; None if there is none.
-
-    Does not follow a symbolic link in the last place. Blocks; other OSErrors.
-    """
-    try:
-        attr = os.stat(path or b".", dir_fd=root, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if stat.S_ISLNK(attr.st_mode):
-        return Version(attr, lambda: os.readlink(path, dir_fd=root))
-    if not stat.S_ISREG(attr.st_mode):
-        return Version(attr, bytes)
-    return Version(attr, lambda: _content(path, root, attr.st_size))
-
-
-def _content(path: bytes, root: int, size: int) -> bytes:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(path, flags, dir_fd=root), "rb") as file:
-        return file.read(size)  # it may grow meanwhile

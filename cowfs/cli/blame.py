@@ -189,7 +189,8 @@ def by(process: dict[str, Any] | None) -> str:
     program = printable(str(process["program"])) or "a hidden process"
     where = process.get("container") or process.get("unit")
     inside = f", in {printable(str(where))[:_LONGEST_UNIT]}" if where else ""
-    return f"by {program} (pid {process['pid']}, uid {process['uid']}{inside})"
+    pid, uid = (printable(str(process[name])) for name in ("pid", "uid"))
+    return f"by {program} (pid {pid}, uid {uid}{inside})"
 
 
 _LONGEST_UNIT = 64

@@ -108,11 +108,12 @@ def _lines() -> Callable[[Event], None]:
     """Return a function that prints an event as a line."""
     from cowfs.changes.render import escape
     from cowfs.cli.blame import by, local
+    from cowfs.errors import printable
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     def tell(event: Event) -> None:
-        operation = f"{event.operation:<11}"
+        operation = printable(f"{event.operation:<11}")
         if colour:
             operation = f"\033[{_COLOURS.get(event.operation, 33)}m{operation}\033[0m"
         path = escape(event.path) or "/"

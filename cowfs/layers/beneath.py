@@ -109,11 +109,16 @@ def enclosed(root: int) -> tuple[int, Ways]:
     """
     with suppress(OSError):
         return mounts.private_clone(root), PLAIN
+    return root, guarded(root)
+
+
+def guarded(root: int) -> Ways:
+    """Return the calls to use below the directory *root* itself, on which something may be mounted."""
     try:
         os.close(files.open_beneath(root, b".", os.O_PATH))
     except OSError:  # a sandbox without openat2(2)
-        return root, PLAIN
-    return root, _GUARDED
+        return PLAIN
+    return _GUARDED
 
 
 # --- whether an inode is the one that was looked up

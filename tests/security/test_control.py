@@ -293,6 +293,9 @@ print("ready", flush=True)
 while True:
     connection, _ = listener.accept()
     message, fds, _, _ = socket.recv_fds(connection, 65536, 8)
+    if not message:  # who only wants to know whether somebody answers
+        connection.close()
+        continue
     command = json.loads(message)["command"]
     try:
         connection.sendall(answers.get(command, answers.get("*", "")).encode() + b'{"end": true}\\n')
