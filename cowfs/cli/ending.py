@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from cowfs.cli.output import progress_line, say, warn
 from cowfs.cli.sandbox import Part, forget_unused, name_of
 from cowfs.commits import Changed, Commit, complete_all, look_for_stale, place
 from cowfs.errors import CowfsError
+from cowfs.exports.target import remove
 from cowfs.linux.signals import read_answer
 
 FAILED = 125
@@ -93,7 +93,7 @@ class Ending:
         if self._is_prepared:
             self._make()
         if self._is_discarded and self._parts and self._parts[0].is_new:
-            shutil.rmtree(self._parts[0].store, ignore_errors=True)
+            remove(self._parts[0].store)
         forget_unused(self._parts, used)
         return FAILED if self._has_failed else 0
 

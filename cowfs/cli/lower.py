@@ -56,6 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon to add or remove the module."""
     from cowfs.client import ask, mount_first
+    from cowfs.linux.files import open_ordinary
     from cowfs.linux.remote import may_wait
 
     mount = mount_first(args.mountpoint, args.image, f"{NAME} {args.what}")
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     fd = -1
     try:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_ordinary(path, os.O_RDONLY)
         except OSError as error:
             if args.what == "add":
                 raise LayerError(f"{args.image}: {error.strerror}", "give a squashfs image") from None

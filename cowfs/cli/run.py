@@ -6,7 +6,6 @@ import argparse
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -20,7 +19,8 @@ from cowfs.cli.ending import Ending, complete_interrupted
 from cowfs.cli.output import warn
 from cowfs.cli.sandbox import Part, Sandbox
 from cowfs.errors import MountFailure, SystemFailure, UsageError
-from cowfs.layers.beneath import now
+from cowfs.exports.target import remove
+from cowfs.layers import beneath
 from cowfs.linux import mounts, offspring, privileges, programs, seccomp, user_namespace
 from cowfs.linux.signals import ASKS_TO_END, unblock
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     pipes = _pipes()
     is_all_there = _enter()
     complete_interrupted(_lower(args), force=args.force)
-    since = now()
+    since = beneath.now()
     with _private_directory() as private:
         if not os.access(os.environ.get("XDG_RUNTIME_DIR", "/none"), os.W_OK):
             os.environ["XDG_RUNTIME_DIR"] = private  # for the daemon's socket
@@ -209,7 +209,7 @@ def _private_directory() -> Iterator[str]:
         with suppress(OSError):
             mounts.umount2(private, mounts.MNT_DETACH)
         if not os.path.ismount(private):
-            shutil.rmtree(private, ignore_errors=True)
+            remove(private)
 
 
 def _locked_directory() -> tuple[str, int]:
@@ -224,19 +224,30 @@ def _locked_directory() -> tuple[str, int]:
 
 
 def _remove_abandoned() -> None:
-    """Remove the directories that nobody uses of our runs that were killed."""
-    for name in os.listdir(tempfile.gettempdir()):
-        if not name.startswith(_PRIVATE):
-            continue
-        path = os.path.join(tempfile.gettempdir(), name)
-        with suppress(OSError):
-            fd = os.open(path, _DIRECTORY)
-            try:
-                if os.fstat(fd).st_uid == os.geteuid() and not os.path.ismount(path):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(fd)
+    """Remove the directories that nobody uses of our runs that were killed.
+
+    Asks no filesystem that is mounted there: it may be another user's, and hang.
+    """
+    with suppress(OSError):
+        above = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            ways = beneath.guarded(above)
+            for name in map(os.fsencode, os.listdir(above)):
+                if name.startswith(_PRIVATE.encode()):
+                    _remove_if_abandoned(above, name, ways)
+        finally:
+            os.close(above)
+
+
+def _remove_if_abandoned(above: int, name: bytes, ways: beneath.Ways) -> None:
+    with suppress(OSError):
+        fd = ways.open(above, name, _DIRECTORY)
+        try:
+            if os.fstat(fd).st_uid == os.geteuid():
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                beneath.remove_tree(above, name, ways)
+        finally:
+            os.close(fd)
 
 
 def _enter() -> bool:

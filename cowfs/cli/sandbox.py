@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from cowfs.cli import mount
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, SystemFailure, UsageError
+from cowfs.exports.target import remove
 from cowfs.linux import mounts
 from cowfs.linux.mount_table import MountInfo, mountinfo, visible
 from cowfs.linux.sockets import control_directories
@@ -261,6 +261,6 @@ def forget_unused(parts: list[Part], used: set[str]) -> None:
     """Remove the stores that were created but not used. Nothing may be mounted."""
     for part in parts[1:]:
         if part.is_new and part.mountpoint not in used:
-            shutil.rmtree(part.store, ignore_errors=True)
+            remove(part.store)
             with suppress(OSError):
                 os.rmdir(os.path.dirname(part.store))

@@ -14,6 +14,7 @@ from cowfs.errors import SystemFailure, UsageError
 from cowfs.layers import beneath
 from cowfs.linux import files
 from cowfs.linux.trust import who_can_redirect
+from cowfs.linux.user_namespace import has_all
 from cowfs.store.format.sniff import split_subdir
 
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
@@ -120,6 +121,22 @@ def scratch_directory(path: str) -> Iterator[int]:
     """Open a temporary directory beside *path*. It is removed at the end of the block."""
     with _parent(path) as (parent, name), _made(parent, name) as (fd, _):
         yield fd
+
+
+def remove(path: str) -> None:
+    """Remove what this process has made at *path*, as far as possible, if another user led it nowhere else.
+
+    Follows no symbolic link, and enters nothing that is mounted there. Blocks.
+    """
+    above, name = os.path.split(os.path.abspath(path))
+    with suppress(OSError):
+        parent = os.open(above, _DIRECTORY)
+        try:
+            # In a user namespace root's own links seem to be another user's.
+            if not has_all("uid") or who_can_redirect(above, parent) is None:
+                beneath.remove_tree(parent, os.fsencode(name), beneath.guarded(parent))
+        finally:
+            os.close(parent)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from cowfs.linux.mount_table import mount_id, mountinfo
 
 _LINKS = 40
 """How many symbolic links the kernel follows (MAXSYMLINKS in include/linux/namei.h)."""
+_STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_SEEN = 20_000
 """How many names of a directory are examined, in about 50 ms."""
 
@@ -62,13 +63,14 @@ def who_can_substitute(path: str | bytes, fd: int) -> str | None:
     sysctl(8) are on.) OSError if the path no longer leads anywhere.
     """
     mine, seen = {0, os.geteuid()}, os.fstat(fd)
-    here, info = b"/", seen
+    here, info, directories = b"/", seen, {}
     for here, info in _way(path):
+        directories[here] = info
         if stat.S_ISLNK(info.st_mode) and info.st_uid not in mine:
             return f"{os.fsdecode(here)} is a symbolic link owned by another user (uid {info.st_uid})"
     if not os.path.samestat(info, seen):
         return f"{os.fsdecode(here)} was replaced by another file"
-    above = os.stat(os.path.dirname(here))
+    above = directories[os.path.dirname(here)]
     if stat.S_ISREG(seen.st_mode) and seen.st_nlink > 1:
         if above.st_uid not in mine or above.st_mode & stat.S_IWOTH:
             return f"{os.fsdecode(here)} has another name, and others may write to its directory"
@@ -116,33 +118,46 @@ def _is_shown(info: os.stat_result) -> bool:
 
 
 def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Yield each directory and symbolic link that the kernel visits when it looks up *path*, and the file."""
+    """Yield each directory and symbolic link that the kernel visits when it looks up *path*, and the file.
+
+    It goes from one to the next by descriptors, so nobody can make what was seen lead elsewhere meanwhile.
+    """
     name = os.fsencode(path)
     if not os.path.isabs(name):
         name = os.path.join(os.getcwdb(), name)
     rest = name.split(b"/")[::-1]
     at, links = b"/", 0
-    yield at, os.stat(at)
-    while rest:
-        name = rest.pop()
-        if name in {b"", b"."}:
-            continue
-        if name == b"..":
-            at = os.path.dirname(at)
-            yield at, os.stat(at)  # the path may end here
-            continue
-        here = os.path.join(at, name)
-        info = os.lstat(here)
-        yield here, info
-        if stat.S_ISLNK(info.st_mode):
-            links += 1
-            if links > _LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-            target = os.readlink(here)
-            rest += target.split(b"/")[::-1]
-            at = b"/" if target.startswith(b"/") else at
-        else:
-            at = here
+    fd = os.open("/", _STEP)
+    try:
+        yield at, os.fstat(fd)
+        while rest:
+            name = rest.pop()
+            if name in {b"", b"."}:
+                continue
+            here = os.path.dirname(at) if name == b".." else os.path.join(at, name)
+            found = os.open(name, _STEP, dir_fd=fd)
+            try:
+                info = os.fstat(found)
+                yield here, info  # the path may end here
+                if stat.S_ISLNK(info.st_mode):
+                    links += 1
+                    if links > _LINKS:
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                    target = os.readlink(b"", dir_fd=found)
+                    rest += target.split(b"/")[::-1]
+                    if target.startswith(b"/"):
+                        at, fd = b"/", _replaced(fd, os.open("/", _STEP))
+                else:
+                    at, fd = here, _replaced(fd, os.dup(found))
+            finally:
+                os.close(found)
+    finally:
+        os.close(fd)
+
+
+def _replaced(old: int, new: int) -> int:
+    os.close(old)
+    return new
 
 
 def forbidden(paths: Iterable[str], trusted: Collection[int] = (0,)) -> dict[str, str]:
@@ -192,6 +207,14 @@ def _served_by_users(trusted: Collection[int]) -> dict[str, int]:
 def _why_served(path: bytes, info: os.stat_result, served: dict[str, int]) -> str | None:
     who = served.get(f"{os.major(info.st_dev)}:{os.minor(info.st_dev)}")
     return None if who is None else f"{os.fsdecode(path)} is on a filesystem served by uid {who}"
+
+
+def who_serves(info: os.stat_result) -> int | None:
+    """Return the user, neither root nor this one, who serves the FUSE filesystem of a file; None if none.
+
+    Owners and modes there are only what that user says.
+    """
+    return _served_by_users({0, os.geteuid()}).get(f"{os.major(info.st_dev)}:{os.minor(info.st_dev)}")
 
 
 def mount_forbids(path: str | bytes) -> set[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.security.test_swaps import Watch
 from tests.support.mounts import cowfs, mounted
 from tests.support.system import NOBODY, needs_fuse, needs_root, run
 
@@ -86,3 +89,16 @@ def test_nobody_else_loads_modules(lower: Path, module: Path, nobody_path: Path,
         done = cowfs("lower", "remove", here.path, module, nobody=True)
         assert done.returncode and "belongs to" in done.stderr, done
         assert (here.path / "program").exists()
+
+
+def test_a_device_is_not_opened(lower: Path, nobody_path: Path, tmp_path: Path) -> None:
+    """A user's link leads to a watchdog: to open it is to restart the machine."""
+    device = tmp_path / "device"
+    os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    (nobody_path / "link.sb").symlink_to(device)
+    with mounted(lower, tmp_path / "mnt", tmp_path / "store") as here, closing(Watch()) as watch:
+        watch.add(device)
+        for what in ("add", "remove"):
+            done = cowfs("lower", what, here.path, nobody_path / "link.sb")
+            assert done.returncode and done.stderr.count("\n") == 1, done
+        assert watch.seen() == []

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cowfs.linux import trust
 from cowfs.linux.trust import who_can_change, who_can_redirect
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mounted
 from tests.support.squashfs import mksquashfs, needs_mksquashfs
@@ -229,6 +231,25 @@ def test_the_way_is_the_kernels(roots: Path, nobody_path: Path) -> None:
     assert who_can_redirect(f"{roots}/own/..", fd) is None
     assert who_can_redirect(f"{roots}/own", fd) == f"{roots}/own was replaced by another file"
     os.close(fd)
+
+
+def test_the_way_is_not_taken_twice(roots: Path, nobody_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory on the way becomes a link when it has been looked at."""
+    (nobody_path / "one/two").mkdir(parents=True)
+    (roots / "two").mkdir()
+    fd = os.open(roots / "two", os.O_PATH)
+    real = trust._why_served
+
+    def swap(path: bytes, *more: Any) -> str | None:
+        if path == os.fsencode(nobody_path / "one"):
+            (nobody_path / "one").rename(nobody_path / "was")
+            (nobody_path / "one").symlink_to(roots)
+        return real(path, *more)
+
+    monkeypatch.setattr(trust, "_why_served", swap)
+    said = trust.who_can_redirect(f"{nobody_path}/one/two", fd)
+    os.close(fd)
+    assert said == f"{nobody_path}/one/two was replaced by another file"
 
 
 def test_a_bind_mount_is_what_is_mounted(roots: Path, nobody_path: Path) -> None:
