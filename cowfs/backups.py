@@ -12,6 +12,7 @@ from threading import Thread
 from cowfs.client import ask, facts_of, mount_with_store
 from cowfs.errors import MountFailure, StoreError, UsageError
 from cowfs.exports.target import must_be_elsewhere, new_directory, new_file
+from cowfs.linux import trust
 from cowfs.linux.mount_table import MountInfo
 from cowfs.offline_changes import Tell, must_be_there
 from cowfs.store.e2fsprogs import tools
@@ -93,6 +94,7 @@ def _copy(path: str, target: str, force: bool, tell: Tell, tick: Tick, *, is_che
         if store.kind == "directory":
             source = os.open(path, _DIRECTORY)
             stack.callback(os.close, source)
+            _must_say_the_truth(source, path)
             known, there = store.layer.stat(store.layer.root), os.fstat(source)
             if (known.st_dev, known.st_ino) != (there.st_dev, there.st_ino):
                 raise StoreError(f"{path}: was replaced by another directory", "try again")
@@ -143,6 +145,7 @@ def _mounted_directory(mount: MountInfo, target: str, force: bool, tell: Tell, t
     try:
         if f"user_id={os.fstat(source).st_uid}" not in mount.super_words and os.geteuid() == 0:
             raise StoreError(f"{path}: belongs to another user than the mount", "name the store itself")
+        _must_say_the_truth(source, path)
         with new_directory(target, force=force) as fd:
             copy = TreeCopy(source, fd)
             for size in copy.run():
@@ -223,7 +226,15 @@ def _refuse_inside(target: str, dev: str) -> None:
             raise UsageError(f"{target}: is inside the mount that is copied", "choose a path outside of it")
 
 
+def _must_say_the_truth(directory: int, path: str) -> None:
+    """StoreError if root would make files with owners and modes that another user's filesystem invents."""
+    who = trust.who_serves(os.fstat(directory))
+    if who is not None and os.geteuid() == 0:
+        raise StoreError(f"{path}: is on a filesystem served by uid {who}", "run this as that user")
+
+
 def _give_owner(fd: int, info: os.stat_result) -> None:
     """Give a copy to the owner of the image: what others have made does not become root's."""
     if os.geteuid() == 0:
-        os.fchown(fd, info.st_uid, info.st_gid)
+        who = trust.who_serves(info)
+        os.fchown(fd, info.st_uid if who is None else who, info.st_gid)

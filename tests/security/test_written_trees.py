@@ -22,8 +22,10 @@ from cowfs.api import apply, export
 from cowfs.errors import CowfsError
 from cowfs.exports.apply_root import Root
 from cowfs.exports.run import How
+from cowfs.linux import files, trust
 from cowfs.store.offline.copy_tree import TreeCopy
 from cowfs.store.served.open import open_store
+from tests.security.test_trust import served_by
 from tests.support.mounts import COWFS, cowfs, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import differences, snapshot
@@ -169,25 +171,25 @@ def test_a_store_of_another_user_gives_nobody_rights(made: Path, nobody_path: Pa
     store = nobody_path / "store.bs"
     shutil.copy(made / "store.bs", store)
     os.chown(store, NOBODY, NOBODY)
-    for trust in ((), ("--trust",)):
-        top = nobody_path / f"made{len(trust)}"
+    for how in ((), ("--trust",)):
+        top = nobody_path / f"made{len(how)}"
         shutil.copytree(made / "lower", top / "applied")
         done = [
-            cowfs("apply", store, top / "applied", *trust),
-            cowfs("export", store, top / "upper", "--to", "overlayfs", *trust),
+            cowfs("apply", store, top / "applied", *how),
+            cowfs("export", store, top / "upper", "--to", "overlayfs", *how),
         ]
         for tree, what in (("applied", done[0]), ("upper", done[1])):
-            assert what.returncode == (0 if trust else 64), what.stderr
+            assert what.returncode == (0 if how else 64), what.stderr
             for says in (
                 "set-ID bits and capabilities, because",
                 "trusted.*, because",
                 "devices left out, because",
             ):
-                assert (f"{says} {nobody_path} belongs to uid {NOBODY}" in what.stderr) != bool(trust)
-            assert (top / tree / "program").stat().st_mode & 0o7777 == (0o4755 if trust else 0o755)
-            attributes = {"security.capability", "trusted.mark"} if trust else set()
+                assert (f"{says} {nobody_path} belongs to uid {NOBODY}" in what.stderr) != bool(how)
+            assert (top / tree / "program").stat().st_mode & 0o7777 == (0o4755 if how else 0o755)
+            attributes = {"security.capability", "trusted.mark"} if how else set()
             assert set(os.listxattr(top / tree / "able")) == attributes
-            assert (top / tree / "disk").exists() == bool(trust)
+            assert (top / tree / "disk").exists() == bool(how)
             assert (top / tree / "shared").stat().st_mode & 0o7777 == 0o2775
 
 
@@ -298,15 +300,15 @@ def test_a_copy_of_a_store_makes_nothing_roots(
     (source / "program").chmod(0o4755)
     (source / "own").write_bytes(b"evil")
     os.chown(source / "own", NOBODY, NOBODY)
-    real = os.stat
+    real = files.stat_beneath
 
-    def stat_and_swap(name: Any, *arguments: Any, **more: Any) -> os.stat_result:
-        found = real(name, *arguments, **more)
+    def stat_and_swap(directory: int, name: bytes) -> os.stat_result:
+        found = real(directory, name)
         if name == b"program" and (source / "own").exists():
             (source / "own").rename(source / "program")
         return found
 
-    monkeypatch.setattr(os, "stat", stat_and_swap)
+    monkeypatch.setattr(files, "stat_beneath", stat_and_swap)
     fds = [os.open(path, os.O_RDONLY) for path in (source, target)]
     for _ in TreeCopy(*fds).run():
         pass
@@ -319,6 +321,30 @@ def test_a_copy_of_a_store_makes_nothing_roots(
     os.chown(store, NOBODY, NOBODY)
     assert cowfs("backup", store, tmp_path / "copy.bs").returncode == 0
     assert (tmp_path / "copy.bs").stat().st_uid == NOBODY
+
+
+def test_a_backup_believes_no_filesystem_of_another_user(
+    made: Path, nobody_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that its files are root's, and run as root: mounted in a store, or below it."""
+    target = str(nobody_path / "copy")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as there:
+        store, image = Path(there) / "store", Path(there) / "store.bs"
+        with mounted(made / "lower", made / "mnt", store) as here:
+            (here.path / "new").mkdir()
+        shutil.copy(made / "store.bs", image)
+        with served_by(NOBODY, store / "upper/new"):
+            done = cowfs("backup", store, target)
+        assert done.returncode == 32 and "upper/new: another filesystem" in done.stderr, done
+        dev = store.stat().st_dev
+        served = {f"{os.major(dev)}:{os.minor(dev)}": NOBODY}
+        monkeypatch.setattr(trust, "_served_by_users", lambda trusted: served)
+        for copy in (backups.backup, backups.restore):
+            with pytest.raises(CowfsError, match="is on a filesystem served by uid"):
+                copy(str(store), target)
+        assert os.listdir(nobody_path) == []
+        backups.backup(str(image), target)
+        assert os.stat(target).st_uid == NOBODY
 
 
 def test_a_backup_is_of_the_store_that_was_opened(

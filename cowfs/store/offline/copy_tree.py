@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 
+from cowfs.errors import StoreError
 from cowfs.layers import beneath
 from cowfs.linux import files
 
@@ -27,12 +28,13 @@ class TreeCopy:
     """Makes the directory *target* a copy of *source*. Both are descriptors, which the caller closes.
 
     Owners, modes, times, extended attributes, devices, hard links and holes are kept. Nothing is left out:
-    OSError with the path if something cannot be read or made.
+    OSError with the path if something cannot be read or made; StoreError if something is mounted in *source*.
     """
 
     def __init__(self, source: int, target: int) -> None:
         self._source = source
         self._target = target
+        self._ways = beneath.guarded(source)
         self._states: dict[bytes, _State] = {}
         self._links: dict[tuple[int, int], tuple[bytes, _State | None]] = {}
         """Inodes with several names that this pass has copied: the path in the target, and the state
@@ -84,7 +86,7 @@ class TreeCopy:
         self._leave_to(same)
         for name in names[same:]:
             source, target = self._last()
-            below = os.open(name, _DIRECTORY, dir_fd=source)
+            below = self._ways.open(source, name, _DIRECTORY)
             try:
                 self._way.append((name, below, os.open(name, _DIRECTORY, dir_fd=target)))
             except OSError:
@@ -105,12 +107,17 @@ class TreeCopy:
         """Copy the inode of a name if it has changed; return the bytes copied, or None for a directory."""
         try:
             now = beneath.now()
-            info = os.stat(name, dir_fd=source, follow_symlinks=False)
+            info = self._ways.stat(source, name)
         except FileNotFoundError:  # removed meanwhile: the next pass handles it
             self._states.pop(path, None)
             with suppress(FileNotFoundError):
                 _remove(target, name)
             return 0
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                hint = "unmount it: what is there is not the store's"
+                raise StoreError(f"{os.fsdecode(path)}: another filesystem is mounted there", hint) from None
+            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
         state = info.st_dev, info.st_ino, info.st_ctime_ns, info.st_size, info.st_mode
         if stat.S_ISDIR(info.st_mode):
             self._states.pop(path, None)
@@ -169,7 +176,7 @@ class TreeCopy:
             os.link(first[0], name, src_dir_fd=self._target, dst_dir_fd=target, follow_symlinks=False)
             return 0, first[1]
         size = 0
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
+        fd = self._ways.open(source, name, os.O_PATH)
         try:
             if not _is_same(info, os.fstat(fd)):  # the next pass handles it
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
