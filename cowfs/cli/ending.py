@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import termios
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -70,6 +71,8 @@ class Ending:
             return
         if not total:
             return
+        if asks:
+            _forget_typed()
         answer = "commit" if args.commit else "discard" if args.discard else "keep" if args.keep else ""
         try:
             while asks and not self._do(_ask(self._choices(), at_end="keep" if self._is_kept else "discard")):
@@ -242,6 +245,12 @@ def _is_writable(lower: str) -> bool:
 
 def _is_seen() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _forget_typed() -> None:
+    """Discard what was typed before the question: the command may have typed it (TIOCSTI of ioctl_tty(2))."""
+    with suppress(termios.error):
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 def _ask(choices: dict[str, str], at_end: str) -> str:

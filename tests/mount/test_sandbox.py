@@ -411,16 +411,11 @@ def test_what_was_changed_between_two_runs_is_a_conflict(root: Path, tmp_path: P
 
 
 def answering(
-    root: Path,
-    answers: bytes,
-    script: str,
-    *options: str | Path,
-    output: int | None = None,
-    at_question: bytes = b"",
+    root: Path, answers: bytes, script: str, *options: str | Path, output: int | None = None
 ) -> tuple[int, str]:
     """Run a command on a terminal, and answer what is asked; return the exit code and what was shown.
 
-    *at_question* is typed when the question is there: it need not wait to be read, as Ctrl-C does not.
+    *answers* are typed when the first question is there: they need not wait to be read, as Ctrl-C does not.
     """
     ours, theirs = pty.openpty()
     with with_programs(root):
@@ -435,14 +430,13 @@ def answering(
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - one thread
         )
         os.close(theirs)
-        os.write(ours, answers)
         shown = b""
         try:
             while piece := os.read(ours, 65536):
                 shown += piece
-                if at_question and b"? " in shown:
-                    os.write(ours, at_question)
-                    at_question = b""
+                if answers and b"? " in shown:
+                    os.write(ours, answers)
+                    answers = b""
         except OSError:  # EIO: all others have closed it
             pass
         os.close(ours)
@@ -463,10 +457,25 @@ def test_it_is_asked_on_a_terminal(root: Path, tmp_path: Path) -> None:
     assert (code, (root / "file").read_text(), os.listdir(root / "swap1")) == (0, "8\nmore\n", []), shown
     assert "discard?" not in shown
     assert cowfs("diff", tmp_path / "kept.bs").stdout == ""
-    code, shown = answering(root, b"", "echo more >>file", at_question=b"\3")
+    code, shown = answering(root, b"\3", "echo more >>file")
     assert (code, rescued(shown.replace("\r", ""))) == (FAILED, "file\n")
     code, shown = answering(root, b"\4", "echo more >>file", "--store", tmp_path / "store")
     assert (code, cowfs("diff", tmp_path / "store", "--name-only").stdout) == (0, "file\n"), shown
+
+
+_TYPES = """
+import fcntl, termios
+for letter in b"commit\\n":
+    fcntl.ioctl(0, termios.TIOCSTI, bytes([letter]))
+open("evil", "w")
+"""
+
+
+def test_the_command_does_not_answer(root: Path) -> None:
+    """A program that is only tried types the answer to the question whether to keep what it did."""
+    typed = f"python3 -c '{_TYPES}' || touch refused"  # Linux 6.2 can refuse it
+    code, shown = answering(root, b"d\n", typed)
+    assert (code, (root / "evil").exists()) == (0, False), shown
 
 
 def rescued(said: str) -> str:
