@@ -116,6 +116,10 @@ def test_another_users_link_leads_nowhere(made: Path, nobody_path: Path) -> None
         assert done.returncode in {1, 32}, done
         assert "is a symbolic link owned by another user" in done.stderr, arguments
         assert os.listdir(outside) == []
+    with mounted(made / "lower", made / "mnt") as here:
+        done = cowfs("persist", here.path, link / "new")
+    assert done.returncode == 32 and "is a symbolic link owned by another user" in done.stderr, done
+    assert os.listdir(outside) == []
     link.unlink()
     link.symlink_to(made / "store.bs")
     os.chown(link, NOBODY, NOBODY, follow_symlinks=False)

@@ -18,6 +18,7 @@ from cowfs.errors import StoreError, SystemFailure
 from cowfs.linux import mount_table, mounts
 from cowfs.linux.files import matching
 from cowfs.linux.mount_table import MountInfo
+from cowfs.linux.trust import who_can_redirect
 from cowfs.store.format.sniff import what_is
 
 DEFAULT = "/sysrcd.bs"
@@ -153,7 +154,7 @@ def directory_of(path: str) -> Iterator[tuple[int, str]]:
     other processes, until everything opened through the descriptor is closed. A filesystem that the boot
     mounted read-only is made writable, and read-only again if the block fails.
 
-    Blocks. StoreError; SystemFailure if not root.
+    Blocks. StoreError, also if another user's symbolic link leads there; SystemFailure if not root.
     """
     device, below = split(os.path.abspath(path))
     directory, name = os.path.split(below)
@@ -168,6 +169,9 @@ def directory_of(path: str) -> Iterator[tuple[int, str]]:
         except OSError as error:
             raise StoreError(f"{device}{below}: {error.strerror}") from None
         stack.callback(os.close, fd)
+        reason = who_can_redirect(device) if device else who_can_redirect(directory, fd)
+        if reason is not None:
+            raise StoreError(f"{device}{below}: {reason}", "give a name in the directory itself")
         if root is not None and mount_table.mount_id(fd) != mount_table.mount_id(root):
             raise StoreError(
                 f"{device}{below}: leads to another filesystem, through a symbolic link or a mount"
