@@ -28,6 +28,7 @@ static struct {
 	__typeof__(&x3_getattr) getattr;
 	__typeof__(&x3_setattr_simple) setattr;
 	__typeof__(&x3_is_simple) is_simple;
+	__typeof__(&x3_truncate) truncate;
 	__typeof__(&x3_write) write;
 	__typeof__(&x3_read) read;
 	__typeof__(&x3_was_read) was_read;
@@ -41,7 +42,9 @@ static struct {
 
 enum { NEVER, RELATIME, ALWAYS };
 enum { SECOND = 1000000000 };
-enum { KILL_SUIDGID = 1 << 11 };         /* FATTR_KILL_SUIDGID in linux/fuse.h */
+/* Parts of a SETATTR that need nothing: the engine sets the ctime in any case, and a simple inode has no set-ID bits
+ * that could be cleared (FATTR_KILL_SUIDGID in linux/fuse.h). */
+enum { REST = FUSE_SET_ATTR_CTIME | 1 << 11 };
 #define LAST_SECOND (INT64_MAX / SECOND) /* the engine counts later times differently, as numbers before FIRST */
 #define FIRST (INT64_C(-2147483648) * SECOND)
 
@@ -159,8 +162,6 @@ static uint32_t translate(const struct stat *to, int which, struct x3_attr *attr
 		GID = FUSE_SET_ATTR_GID,
 		ATIME = FUSE_SET_ATTR_ATIME,
 		MTIME = FUSE_SET_ATTR_MTIME,
-		/* The engine sets the ctime in any case, and the inode has no set-ID bits that could be cleared. */
-		REST = FUSE_SET_ATTR_CTIME | KILL_SUIDGID
 	};
 
 	if (which & ~(MODE | UID | GID | ATIME | MTIME | REST) || (which & MODE && to->st_mode & (S_ISUID | S_ISGID)) ||
@@ -176,8 +177,29 @@ static uint32_t translate(const struct stat *to, int which, struct x3_attr *attr
 	       (which & ATIME ? X3_ATIME : 0) | (which & MTIME ? X3_MTIME : 0);
 }
 
+/* Set the size of a simple inode, unless much is freed. A file of a lower is left to Python: it copies no more of it up
+ * than what remains. */
+static bool set_size(fuse_req_t req, fuse_ino_t ino, off_t size)
+{
+	enum { MOST = 2048 }; /* blocks of 512 bytes, which are freed in no time */
+	uint32_t inode = store_may_change() ? find(ino, true) : 0;
+	struct x3_attr attr;
+	bool done;
+
+	if (!inode)
+		return false;
+	Py_BEGIN_ALLOW_THREADS
+	done = store.is_simple(store.image, inode) > 0 && !store.getattr(store.image, inode, &attr) &&
+	       attr.blocks < MOST && !store.truncate(store.image, inode, (uint64_t)size) &&
+	       !store.getattr(store.image, inode, &attr);
+	Py_END_ALLOW_THREADS
+	return done && reply_attr(req, ino, &attr);
+}
+
 bool store_setattr(fuse_req_t req, fuse_ino_t ino, const struct stat *to, int which)
 {
+	if (which & FUSE_SET_ATTR_SIZE && !(which & ~(FUSE_SET_ATTR_SIZE | REST)))
+		return set_size(req, ino, to->st_size);
 	struct x3_attr attr;
 	uint32_t what = store.find ? translate(to, which, &attr) : 0;
 	uint32_t inode = what && !*store.pressed ? find_to_change(ino) : 0;
@@ -313,13 +335,14 @@ bool store_release(fuse_req_t req, const struct fuse_file_info *fi)
 static PyObject *py_serve(PyObject *self, PyObject *args)
 {
 	PyObject *find;
-	unsigned long long image, getattr, setattr, is_simple, write, read, was_read, hurry, is_quick, fsync, pressed;
+	unsigned long long image, getattr, setattr, is_simple, truncate, write, read, was_read, hurry, is_quick, fsync,
+		pressed;
 	unsigned block_size;
 	int atime;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "O(KKKKKKKKKKKI)i", &find, &image, &getattr, &setattr, &is_simple, &write, &read,
-			      &was_read, &hurry, &is_quick, &fsync, &pressed, &block_size, &atime))
+	if (!PyArg_ParseTuple(args, "O(KKKKKKKKKKKKI)i", &find, &image, &getattr, &setattr, &is_simple, &truncate,
+			      &write, &read, &was_read, &hurry, &is_quick, &fsync, &pressed, &block_size, &atime))
 		return NULL;
 	store_inodes_reset();
 	Py_INCREF(find);
@@ -328,6 +351,7 @@ static PyObject *py_serve(PyObject *self, PyObject *args)
 	store.getattr = (__typeof__(store.getattr))(uintptr_t)getattr;
 	store.setattr = (__typeof__(store.setattr))(uintptr_t)setattr;
 	store.is_simple = (__typeof__(store.is_simple))(uintptr_t)is_simple;
+	store.truncate = (__typeof__(store.truncate))(uintptr_t)truncate;
 	store.write = (__typeof__(store.write))(uintptr_t)write;
 	store.read = (__typeof__(store.read))(uintptr_t)read;
 	store.was_read = (__typeof__(store.was_read))(uintptr_t)was_read;

@@ -164,7 +164,20 @@ def test_simple_files_of_an_image_are_changed_without_python(with_image: Noted) 
     with_image.forget()
     uid = os.getuid()
     assert _changes(path) == (0o100601, uid, 4094, 1_000_000_007, 2_000_000_009, 1)
+    os.truncate(path, 5000)
+    assert path.stat().st_mtime_ns > 2_000_000_009
+    assert path.read_bytes()[4090:] == b"more" + bytes(906)
+    os.truncate(path, 3)
+    os.truncate(path, 6)
+    assert (path.read_bytes(), path.stat().st_blocks) == (b"xxx" + bytes(3), 8)
+    path.write_bytes(b"new")
+    assert (path.read_bytes(), path.stat().st_size) == (b"new", 3)
+    path.write_bytes(b"")
+    assert path.stat().st_blocks == 0
     assert [kind for kind in _HANDLED if with_image.requests(kind)] == []
+    path.write_bytes(bytes(1 << 21))
+    os.truncate(path, 1)
+    assert with_image.requests("setattr") == 1
 
 
 def test_a_checkpoint_does_not_change_by_open_files(with_image: Noted) -> None:

@@ -153,8 +153,8 @@ class Image(Opened):
         block size. They are valid until :meth:`close`.
         """
         names = (
-            *("x3_getattr", "x3_setattr_simple", "x3_is_simple", "x3_write", "x3_read", "x3_was_read"),
-            *("x3_hurry", "x3_is_quick_to_sync"),
+            *("x3_getattr", "x3_setattr_simple", "x3_is_simple", "x3_truncate", "x3_write", "x3_read"),
+            *("x3_was_read", "x3_hurry", "x3_is_quick_to_sync"),
         )
         fsync = ffi.addressof(lib, "x3_fsync") if self.is_near else ffi.NULL
         pointers = (self.handle, *(ffi.addressof(lib, name) for name in names), fsync, self.pressed)
