@@ -112,8 +112,10 @@ def run(args: argparse.Namespace) -> int:
                 say(f"{word} {escape(done.path) or '/'}")
             if not is_listed:
                 tally.add()
-    if not count and not failed:
-        since = None if args.undo else last_checkpoint(what)
+    if not count and not failed and args.undo:  # an undo was killed after its last step
+        warn("nothing was left to bring back")
+    elif not count and not failed:
+        since = last_checkpoint(what)
         raise UsageError(
             f"{args.what}: nothing to revert there" + (f" since the checkpoint {since}" if since else ""),
             f"cowfs diff{f' --since {since}' if since else ''} lists the changes",

@@ -326,6 +326,10 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         dry = cowfs("revert", here.path, "--dry-run", "--all").stdout
         assert dry == cowfs("diff", here.path).stdout
         assert tree(here.path) == changed
+    (tmp_path / "store/cowfs/trash/1").mkdir(parents=True)  # an undo that was killed at its end leaves this
+    done = cowfs("revert", tmp_path / "store", "--undo")
+    assert (done.returncode, done.stdout) == (0, "") and "nothing was left to bring back" in done.stderr
+    refused(tmp_path / "store", "--undo", code=32, word="nothing was reverted")
     refused(tmp_path / "nothing", "--all", code=32, word="no such store")
     refused(tmp_path / "lower", "--all", code=32, word="neither a store")
 
