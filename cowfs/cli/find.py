@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
+from cowfs.cli import options
 from cowfs.cli.output import say
 from cowfs.client import ask, find_mount
 from cowfs.errors import CowfsError
@@ -32,12 +33,12 @@ Exit codes: 0 a boot would use one of the stores; 1 it would use none.
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+    parser = options.add_subcommand(
+        subparsers,
         NAME,
-        help="list the stores that a boot would consider",
-        description="List the stores that a boot would consider, which one it would use, and why.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list the stores that a boot would consider",
+        "List the stores that a boot would consider, which one it would use, and why.",
+        _EPILOG,
     )
     parser.add_argument(
         "backstore", metavar="BACKSTORE", nargs="?", default="", help="the value of the boot option"

@@ -8,6 +8,7 @@ import os
 import pwd
 from typing import Any
 
+from cowfs.cli import options
 from cowfs.cli.output import say
 from cowfs.client import Dead, Patience
 from cowfs.errors import CowfsError, printable
@@ -29,12 +30,12 @@ example:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+    parser = options.add_subcommand(
+        subparsers,
         NAME,
-        help="list the mounts of cowfs",
-        description="List what cowfs has mounted where, with which store, and for which user.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list the mounts of cowfs",
+        "List what cowfs has mounted where, with which store, and for which user.",
+        _EPILOG,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.set_defaults(run=run)

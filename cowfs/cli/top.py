@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cowfs.cli import options
 from cowfs.cli.output import say
 from cowfs.cli.requests import Operation, Requests, caches_in, number, requests_in, why_none
 from cowfs.client import checked_answer, facts_of, find_mount, resident, the_mount
@@ -47,12 +48,12 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+    parser = options.add_subcommand(
+        subparsers,
         NAME,
-        help="show the requests to a mount, and how long they take",
-        description="Show which requests a mount receives, how many, and how long they take.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "show the requests to a mount, and how long they take",
+        "Show which requests a mount receives, how many, and how long they take.",
+        _EPILOG,
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument(

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from cowfs.cli import options
 from cowfs.cli.output import warn
 from cowfs.cli.unmount_request import UnmountRequest
 from cowfs.client import Silent, facts_of, owner_of, the_mount
@@ -43,12 +44,12 @@ example:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+    parser = options.add_subcommand(
+        subparsers,
         NAME,
-        help="unmount, and wait until all changes are written",
-        description="Unmount MOUNTPOINT, and wait until all changes are written and the store is released.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "unmount, and wait until all changes are written",
+        "Unmount MOUNTPOINT, and wait until all changes are written and the store is released.",
+        _EPILOG,
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument(

@@ -32,9 +32,6 @@ _NONSENSE = (ValueError, KeyError, TypeError, RecursionError)
 _SILENT = 60.0
 """Seconds in which the log is not told the same of one file again."""
 
-Got = Callable[[int, bytes], None]
-"""A function that is called with received bytes: their offset from the start of the request, and the data."""
-
 
 class Fetch:
     """Bytes that were requested."""

@@ -100,12 +100,7 @@ def test_killed_after_many_writes(place: Path, shape: Shape, seed: int) -> None:
 
 def test_a_cut_of_the_power_leaves_no_redo_log(place: Path) -> None:
     """Records from before the last boot are ignored, because data they depend on may be lost."""
-    path = images.make(place / "image")
-    with engine.opened(path) as opened:
-        make_file(opened.layer, b"committed")
-        opened.layer.sync()
-        make_file(opened.layer, b"not committed")
-        opened.image.abandon()
+    path = left(place)
     with engine.opened(path, read_only=True, debug=recovery.OTHER_BOOT) as opened:
         assert opened.image.facts().redone == 0
         assert set(names_of(opened.layer, opened.layer.root)) == {b"lost+found", b"committed"}

@@ -29,7 +29,8 @@ from tests.ext3.load import Load
 from tests.ext3.model import Promises, judge
 from tests.ext3.powercut import Event, parse
 from tests.ext3.reader import Image
-from tests.ext3.test_room import FULL, fails_with, must_refuse
+from tests.ext3.test_full import fails_with, must_refuse
+from tests.ext3.test_room import FULL
 from tests.support.listing import find, names_of
 
 NO_MEMORY = 32
@@ -152,6 +153,8 @@ def test_what_fdatasync_refuses_is_kept_in_memory(place: Path, shape: Shape, cod
         assert facts.stalled == code and facts.unsaved > 5
         check(opened, content)
         must_refuse(opened, code)
+        with fails_with(code):
+            opened.layer.sync()
         disk.drop()
         opened.inject(FDATASYNC, 3, code, sticky=True)  # a part of it gets there
         with fails_with(code):

@@ -20,11 +20,8 @@ DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_fuse, needs_root]
 
 
-def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> None:
-    if not makes_user_namespaces():
-        pytest.skip("needs user namespaces")
-    env = {"XDG_STATE_HOME": str(nobody_path)}
-    root = made(nobody_path / "root")
+def made_for_a_user(root: Path) -> tuple[Path, list[Path]]:
+    """Make a directory of nobody's, with owners, ACLs and names of others; return it and two with ACLs."""
     own = root / "own"
     own.mkdir()
     (own / "group").write_text("1\n")
@@ -49,6 +46,37 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     (own / "open").write_text("to 7\n")
     os.chown(own / "open", 65534, 65534)
     run("setfacl", "-m", "u:7:rw,u:65534:r", *with_acls, own / "open")
+    return own, with_acls
+
+
+def must_have_the_real_owners(kept: Path, before: Path, acl_of_log: list[str]) -> None:
+    """The store of a refused commit lists no owner as changed, and is applied with the real owners."""
+    for nobody in (True, False):
+        listed = cowfs("diff", kept, nobody=nobody, check=True).stdout
+        assert "owner" not in listed  # in the namespace 65534 is 0, and 0 is nobody
+        for line in ("D  file", "A  new", "A  own/d/new", "M  log  (content, times)"):
+            assert line in listed.splitlines(), listed
+    why = cowfs("explain", kept, "log", nobody=True, check=True).stdout
+    assert "changed in content, times;" in why
+    copied = before.with_name("copied")
+    run("cp", "-a", before, copied)
+    cowfs("apply", "--trust", kept, copied, check=True)
+    owners = {
+        name: (copied / name).stat()
+        for name in ("new", "log", "own/d/new", "own/group", "own/renamed/in", "own/renamed-small")
+    }
+    assert [(info.st_uid, info.st_gid) for info in owners.values()] == [
+        (65534, 65534), (65534, 0), (65534, 65534), (65534, 4), (65534, 4), (65534, 4),
+    ]  # fmt: skip
+    assert of_others(copied / "log") == acl_of_log
+
+
+def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> None:
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    env = {"XDG_STATE_HOME": str(nobody_path)}
+    root = made(nobody_path / "root")
+    own, with_acls = made_for_a_user(root)
     acls = [of_others(path) for path in with_acls]
     script = """
     cd own; mkdir d; echo 2 >d/new; ln ../other/two .; echo 2 >>group; chmod 600 group; echo 2 >>../log
@@ -68,24 +96,7 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         for name in ("file", "new", "own/theirs"):
             assert f"conflict: {name} may not be changed by you\n" in refused.stderr
         kept = next((nobody_path / "cowfs/kept").iterdir())
-        for nobody in (True, False):
-            listed = cowfs("diff", kept, nobody=nobody, check=True).stdout
-            assert "owner" not in listed  # in the namespace 65534 is 0, and 0 is nobody
-            for line in ("D  file", "A  new", "A  own/d/new", "M  log  (content, times)"):
-                assert line in listed.splitlines(), listed
-        why = cowfs("explain", kept, "log", nobody=True, check=True).stdout
-        assert "changed in content, times;" in why
-        copied = nobody_path / "copied"
-        run("cp", "-a", nobody_path / "before", copied)
-        cowfs("apply", "--trust", kept, copied, check=True)
-        owners = {
-            name: (copied / name).stat()
-            for name in ("new", "log", "own/d/new", "own/group", "own/renamed/in", "own/renamed-small")
-        }
-        assert [(info.st_uid, info.st_gid) for info in owners.values()] == [
-            (65534, 65534), (65534, 0), (65534, 65534), (65534, 4), (65534, 4), (65534, 4),
-        ]  # fmt: skip
-        assert of_others(copied / "log") == acls[1]
+        must_have_the_real_owners(kept, nobody_path / "before", acls[1])
         done = cowfs(*command, script, nobody=True, env=env)
     assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
     assert (own / "d/new").stat().st_uid == 65534

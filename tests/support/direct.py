@@ -23,18 +23,9 @@ from cowfs.overlay.overlay import Overlay
 from cowfs.types import Attr
 from cowfs.union import Union, UnionOptions, open_union
 from tests.support.asking import Asking, serve, treat_lowers_as_slow
-from tests.support.tree import NOT_OURS, PRIVATE, Snapshot, group_links
+from tests.support.tree import NOT_OURS, PRIVATE, TYPES, Snapshot, group_links
 
 EXCHANGE = 2
-_KINDS = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "dir",
-    stat.S_IFLNK: "symlink",
-    stat.S_IFCHR: "char",
-    stat.S_IFBLK: "block",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-}
 
 
 def failure(code: int) -> OSError:
@@ -271,7 +262,7 @@ class Direct:
             )
 
     def _facts(self, node: Node, attr: Attr) -> dict[str, Any]:
-        kind = _KINDS[stat.S_IFMT(attr.st_mode)]
+        kind = TYPES[stat.S_IFMT(attr.st_mode)]
         assert stat.S_IFMT(node.mode) == stat.S_IFMT(attr.st_mode)
         facts: dict[str, Any] = {
             "type": kind,

@@ -168,7 +168,7 @@ def _name(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
-_TYPES = {
+TYPES = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "dir",
     stat.S_IFLNK: "symlink",
@@ -184,7 +184,7 @@ def facts_of(fd: int, name: bytes, dev: int, private: bool) -> dict[str, Any]:
         st = os.stat(name, dir_fd=fd, follow_symlinks=False)
     except OSError as error:
         return {"stat": _name(error)}
-    kind = _TYPES[stat.S_IFMT(st.st_mode)]
+    kind = TYPES[stat.S_IFMT(st.st_mode)]
     facts: dict[str, Any] = {
         "type": kind,
         "mode": oct(stat.S_IMODE(st.st_mode)),

@@ -19,7 +19,7 @@ from tests.support.mounts import project_root
 from tests.support.system import run
 
 HERE = Path(__file__).parent
-HARNESS = ["bases", "damage", "walk", "operations", "run"]
+HARNESS = ["bases", "damage", "walk", "files", "operations", "run"]
 WARNINGS = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Wno-unused-but-set-variable"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 

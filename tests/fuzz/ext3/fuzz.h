@@ -159,7 +159,12 @@ bool find(struct world *w, uint32_t dir, const char *name, uint32_t length, stru
 void know(struct world *w, uint32_t ino);
 uint64_t walk(struct world *w, uint32_t most);
 
+/* --- files.c --- */
+
+void file_operation(struct world *w, const struct record *r);
+
 /* --- operations.c --- */
 
+uint32_t pick(const struct world *w, uint32_t index);
 void operation(struct world *w, const struct record *r);
 void close_image(struct world *w);
