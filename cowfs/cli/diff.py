@@ -47,7 +47,7 @@ examples:
   cowfs diff sysrcd.bs '*.conf' -p         how configuration files changed, as a patch
   cowfs diff sysrcd.bs --lower /media/cdrom/sysrcd.dat
   cowfs diff /mnt --json | jq -r 'select(.kind == "A") | .path'
-  cowfs diff /mnt -p --binary >changes.patch; git -C copy-of-the-lower apply changes.patch
+  cowfs diff /mnt -p --binary >changes.patch; git -C copy-of-the-lower apply ../changes.patch
   cowfs diff /mnt --since before-upgrade   what was changed after a checkpoint
   cowfs diff ~/changes --exit-code >/dev/null && echo nothing was changed
 """

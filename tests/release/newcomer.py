@@ -26,10 +26,11 @@ _IMAGE = f"{_LOWER}; mksquashfs root sysrcd.dat -quiet -no-progress"
 
 PATIENCE = 1800.0
 _MOUNT = "cowfs mount root.sqsh merged"
-_NOT_HERE = ("echo Y", "cowfs top", "dpkg")
-"""The machine's parameter, what runs until Ctrl-C, and a package that this system does not have."""
+_NOT_HERE = ("echo Y", "cowfs top", "dpkg", "file:")
+"""The machine's parameter, what runs until Ctrl-C, a package that is not here, and an answer of getfattr."""
 _TAKING = (
-    "cowfs export sysrcd.bs --to squashfs", "cowfs export /mnt --to",
+    "cowfs export sysrcd.bs --to squashfs", "cowfs export /mnt --to tar --whiteouts",
+    "cowfs export /mnt --to rsync",
     "cowfs apply sysrcd.bs /srv/root-copy --dry", "cowfs apply sysrcd.bs /srv/root-copy --backup",
     "cowfs apply --undo", "cowfs export STORE --to overlayfs", "cowfs export STORE --to patch",
     "cowfs rebase", "cowfs mount changes.srm",
@@ -78,12 +79,12 @@ def sessions() -> list[Session]:
     used = (
         "cowfs create /media/stick/sysrcd.bs 64; "
         "cowfs mount /media/cdrom/sysrcd.dat /mnt/system --store /media/stick/sysrcd.bs; "
-        "cowfs umount /mnt/system; cp /media/stick/sysrcd.bs copy.bs"
+        "cp /media/stick/sysrcd.bs copy.bs; cowfs umount /mnt/system"
     )
     changed = (
         f"{srv}; {mnt}; cd /srv; {_IMAGE}; cowfs create sysrcd.bs 64; cp -a root root-copy; cp -a root COPY; "
         "cp sysrcd.dat old.sfs; cowfs mount old.sfs /mnt --store sysrcd.bs; rm /mnt/data/old; "
-        "echo 2 >/mnt/etc/conf; cowfs umount /mnt; echo 3 >root/etc/conf; "
+        "echo 2 >/mnt/etc/conf; cowfs umount /mnt; echo 3 >root/etc/motd; "
         "mksquashfs root new.sfs -quiet -no-progress"
     )
     image = f"{AS_NOBODY} mksquashfs root root.sqsh -quiet -no-progress"
