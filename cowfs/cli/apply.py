@@ -136,7 +136,7 @@ def _asking() -> Callable[[str, bytes, str], bool]:
         while rest is None:
             question = f"{kind}  {escape(path) or '/'}" + (f"  conflict: {conflict}" if conflict else "")
             answer = read_answer(f"{printable(question)}  [y,n,a,d,q,?] ")
-            if not sys.stdin.isatty():
+            if not answer.endswith("\n") or not sys.stdin.isatty():  # nothing has ended the line there
                 print(file=sys.stderr)
             match answer.strip().lower():
                 case "y" | "n" as one:

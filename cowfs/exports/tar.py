@@ -15,6 +15,7 @@ from cowfs.exports.entries import Entry, Tick, copy, data_runs, opened, target_o
 from cowfs.exports.losses import Losses
 from cowfs.exports.whiteouts import is_taken, place_of
 from cowfs.formats.acl_text import to_text
+from cowfs.overlay.xattr_format import TRUSTED, XattrFormat
 
 Write = Callable[[bytes], object]
 _BLOCK = 512
@@ -29,6 +30,8 @@ _ACLS = {
     b"system.posix_acl_default": b"SCHILY.acl.default",
 }
 """The ACL records that GNU tar --acls and star read; GNU tar --xattrs reads the xattr itself."""
+_OVERLAYFS = XattrFormat(TRUSTED)
+"""In a layer for overlayfs, attributes of an overlay inside the tree need other names."""
 _TYPES = {
     stat.S_IFREG: tarfile.REGTYPE,
     stat.S_IFDIR: tarfile.DIRTYPE,
@@ -140,7 +143,8 @@ class Tar:
                 acl = to_text(value) if name in _ACLS else None
                 if acl is not None:
                     records[_ACLS[name]] = acl
-                records[b"SCHILY.xattr." + name.replace(b"%", b"%25").replace(b"=", b"%3D")] = value
+                stored = _OVERLAYFS.stored(name) if self._style == "overlayfs" else name
+                records[b"SCHILY.xattr." + stored.replace(b"%", b"%25").replace(b"=", b"%3D")] = value
             else:
                 what = "ACLs" if name.startswith(b"system.posix_acl") else "some extended attributes"
                 lost.add(f"files without their {what}")

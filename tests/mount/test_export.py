@@ -300,6 +300,24 @@ def test_checkpoints_several_lowers_and_what_only_cowfs_can_store(work: Work) ->
     assert differences(tree, seen(top / "copy")) == []
 
 
+@needs_root
+def test_an_overlay_in_the_tree_is_not_taken_for_the_layer(tmp_path: Path) -> None:
+    """The upper of a container in the tree has attributes of overlayfs itself."""
+    if which("tar2sqfs") is None:
+        pytest.skip("squashfs-tools-ng is not installed")
+    script("mkdir -p lower/upper; echo f >lower/upper/f", tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        os.setxattr(here.path / "upper", "trusted.overlay.opaque", b"y")
+    module, image = tmp_path / "module.sqfs", tmp_path / "root.sqfs"
+    cowfs("export", tmp_path / "store", "--to", "squashfs", module)
+    cowfs("export", tmp_path / "store", "--to", "squashfs", "--merged", image)
+    for lowers in ([module, tmp_path / "lower"], [image]):
+        with mounted(lowers, tmp_path / "mnt", tmp_path / f"fresh{len(lowers)}") as here:
+            assert os.listdir(here.path / "upper") == ["f"]
+            if len(lowers) == 2:
+                assert os.getxattr(here.path / "upper", "trusted.overlay.opaque") == b"y"
+
+
 def _change(random: Random, top: Path) -> None:
     """Do one thing in a tree, or try to."""
     found = sorted(path for path in top.rglob("*"))
