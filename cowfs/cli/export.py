@@ -38,11 +38,11 @@ examples:
   cowfs export /mnt --to squashfs --whiteouts aufs changes.sb
   cowfs export sysrcd.bs --merged --to squashfs --compression xz new-root.sfs
   cowfs export /mnt --to tar --whiteouts list c.tar
-  cd ROOT && xargs -0a c.tar.deleted rm -rf -- && tar -xpf c.tar --xattrs --xattrs-include='*'
+  cd ROOT && xargs -0a ../c.tar.deleted rm -rf -- && tar --acls --xattrs --xattrs-include='*' -xpf ../c.tar
   cowfs export /mnt --to oci --base debian:12 image; skopeo copy oci:image containers-storage:mine
   cowfs export sysrcd.bs --to iso --base systemrescue.iso --compression xz my-rescue.iso
   cowfs export /mnt --to rsync list
-  rsync -aHAX --from0 --files-from=list --delete-missing-args --force /mnt/ COPY-OF-THE-ROOT/
+  rsync -aHAXS --from0 --files-from=list --delete-missing-args --force /mnt/ COPY-OF-THE-ROOT/
 
 Exit codes: 0 FILE is complete; 64 FILE is complete, but its format cannot hold some of the changes, which
 standard error lists; 1 usage error; 2 it could not be written; 32 the store or the lower cannot be used.

@@ -439,7 +439,7 @@ def test_rsync_takes_the_list(work: Work) -> None:
         pytest.skip("rsync is not installed")
     names = work.export("rsync", "names")
     copy = work.copy("synced")
-    options = ("-aHAX", "--from0", f"--files-from={names}", "--delete-missing-args", "--force")
+    options = ("-aHAXS", "--from0", f"--files-from={names}", "--delete-missing-args", "--force")
     with mounted(work.lower, work.top / "source", work.store) as here:
         run("rsync", *options, f"{here.path}/", f"{copy}/")
     assert differences(work.tree, seen(copy)) == []
@@ -487,6 +487,10 @@ def test_what_a_format_has_no_words_for_is_told(tmp_path: Path) -> None:
         (["--to", "squashfs", "--compression", "rar", "x"], "--compression rar: unknown"),
         (["--to", "oci", "--base", "directory", "x"], "--base directory: index.json: No such file"),
         (["--to", "tar", "--base", "directory", "x"], "--base: only with --to oci or iso"),
+        pytest.param(
+            *(["--to", "iso", "--base", "there", "x"], "--base there: not an ISO image"),
+            marks=pytest.mark.skipif(which("xorriso") is None, reason="xorriso is not installed"),
+        ),
     ],
 )
 def test_what_is_refused_is_refused_in_one_line(work: Work, options: list[str], why: str) -> None:
