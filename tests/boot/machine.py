@@ -49,6 +49,7 @@ class Machine:
         self._text = ""
         self._grown = threading.Condition()
         self._closed = False
+        self._waited = 0
         self._monitor_path = log.with_suffix(".monitor")
         script = log.with_suffix(".sh")
         script.write_text(test)
@@ -154,11 +155,10 @@ class Machine:
 
     def _held_up(self) -> float:
         """Return how long the thread that waited longest for a processor has done so (proc(5), schedstat)."""
-        waited = [0]
         for thread in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
             with suppress(OSError):
-                waited.append(int(thread.read_text().split()[1]))
-        return max(waited) / 1e9
+                self._waited = max(self._waited, int(thread.read_text().split()[1]))
+        return self._waited / 1e9
 
     def cut_power(self) -> None:
         """Stop it as a power cut does: the guest's memory is lost."""
