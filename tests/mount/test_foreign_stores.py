@@ -68,6 +68,7 @@ def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
         script("echo y >e/y; rm c; mkdir new", mnt)
         assert cowfs("checkpoint", mnt, "one").returncode == 1
         assert "MOVED" not in cowfs("info", mnt).stdout
+    assert cowfs("check", place, check=True).stdout == f"{place}: clean\n"
     assert "\nformat:" in cowfs("info", place, check=True).stdout
     assert (
         f"upperdir={Path(upper).name},workdir={Path(work).name},"

@@ -24,7 +24,7 @@ from cowfs.store.format.header import AUFS, TRUSTED, WITH_LAYERS, Header
 from cowfs.store.format.sniff import is_plain_directory
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.served import lock
-from cowfs.store.served.directory import sees_all
+from cowfs.store.served.directory import open_to_look, sees_all
 from cowfs.store.served.image import is_copy, open_file, open_layer
 from cowfs.types import Attr
 
@@ -118,14 +118,14 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
 
 def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> DirectoryLayer:
     """Open a directory store, and lock it against writers. Accept a copy of a store that was in use."""
-    layer = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
-    stack.callback(layer.close)
-    lock.refuse_mounted_directory(layer.root.fd, path)
+    layer, root, upper = open_to_look(path, stack)
+    if upper is not None:
+        lock.refuse_mounted_upper(upper, path)
     fd = layout.open_lock(layer)
     if fd is not None:
         stack.callback(os.close, fd)
         lock.lock(fd, path, shared=True)
-        if copy_detection.was_copied_in_use(fd, layer.root.fd):
+        if copy_detection.was_copied_in_use(fd, root):
             report.problems.append(copy_detection.torn_copy(path).message)
             report.code |= tools.FSCK_UNCORRECTED if read_only else tools.FSCK_CORRECTED
             if not read_only and (writable := layout.open_lock(layer, make=True)) is not None:

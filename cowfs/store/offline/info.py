@@ -8,23 +8,18 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from cowfs.errors import StoreError, SystemFailure
-from cowfs.layers.apart import ApartLayer
 from cowfs.layers.base import UpperLayer
-from cowfs.layers.directory import DirectoryLayer
 from cowfs.overlay import aufs, partial
 from cowfs.overlay.xattr_format import XattrFormat, parse_partial
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.format import conversion, copy_detection, layout
 from cowfs.store.format.checkpoints import Layers, listed
-from cowfs.store.format.foreign import pair_in
 from cowfs.store.format.header import WITH_LAYERS, Header
 from cowfs.store.format.sniff import is_subdir_name, not_a_store, split_subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.served import lock
-from cowfs.store.served.directory import parts_of, sees_all
+from cowfs.store.served.directory import open_to_look, sees_all
 from cowfs.store.served.image import open_file, open_layer, within
-
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def store_info(spec: str) -> dict[str, Any]:
@@ -99,8 +94,7 @@ def _was_copied_in_use(layer: UpperLayer, directory: int) -> bool:
 
 
 def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
-    directory = _opened(path)
-    stack.callback(directory.close)
+    directory, root, _ = open_to_look(path, stack)
     layer = _as_store(directory)
     inside = _inside(layer)
     if inside["version"] is None and inside["format"] not in {"overlayfs", "aufs", "converting"}:
@@ -114,7 +108,7 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         user = lock.holder(tools.place(fd))
         if user:
             inside["problem"] = None  # its mark is being renewed
-        elif not isinstance(directory, ApartLayer) and _was_copied_in_use(layer, directory.root.fd):
+        elif _was_copied_in_use(layer, root):
             inside["problem"] = str(copy_detection.torn_copy(path))
     return {
         "path": path,
@@ -128,15 +122,6 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         **inside,
         "in_use_by": user,
     }
-
-
-def _opened(path: str) -> DirectoryLayer:
-    """Return the layer of a directory store, or of another system's upper and work dir."""
-    pair = pair_in(path)
-    if pair is None:
-        return DirectoryLayer(os.open(path, _DIRECTORY), path)
-    above, parts = parts_of(*map(os.path.realpath, pair))
-    return ApartLayer(os.open(above, _DIRECTORY), path, parts)
 
 
 def _as_store(layer: UpperLayer) -> UpperLayer:

@@ -19,10 +19,13 @@ from cowfs.overlay.aufs import written_through
 from cowfs.overlay.mapped_owners import into
 from cowfs.store.format import copy_detection, layout
 from cowfs.store.format.checkpoints import LAYERS
+from cowfs.store.format.foreign import pair_in
 from cowfs.store.format.header import TRUSTED, USER, Header, check_lowers, new_header
 from cowfs.store.served import lock
 from cowfs.store.served.store import Kind, Store, Wanted, finish
 from cowfs.types import Attr
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def open_directory(path: str, want: Wanted) -> Store:
@@ -90,6 +93,31 @@ def parts_of(upper: str, work: str) -> tuple[str, dict[bytes, list[bytes]]]:
     above = os.path.commonpath((upper, work))
     up, aside = (os.fsencode(os.path.relpath(path, above)).split(b"/") for path in (upper, work))
     return above, {layout.UPPER: up, layout.WORK: aside, layout.PRIVATE: [*aside, layout.PRIVATE]}
+
+
+def open_to_look(path: str, stack: ExitStack) -> tuple[DirectoryLayer, int, int | None]:
+    """Return the layer of a directory store, or of another system's pair, until *stack* is closed. Blocks.
+
+    With it come descriptors: the one that identifies the store, and the upper, if there is one. OSError;
+    StoreError for a persistence of Debian that does not contain the changes of the whole root.
+    """
+    pair = pair_in(path)
+    upper, work = (path, path) if pair is None else map(os.path.realpath, pair)
+    root = os.open(work, _DIRECTORY)
+    stack.callback(os.close, root)
+    if pair is None:
+        layer = DirectoryLayer(os.dup(root), path)
+    else:
+        above, parts = parts_of(upper, work)
+        layer = ApartLayer(os.open(above, _DIRECTORY), path, parts)
+    stack.callback(layer.close)
+    try:
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        top = os.open("upper", flags, dir_fd=root) if pair is None else os.open(upper, flags)
+    except FileNotFoundError:
+        return layer, root, None
+    stack.callback(os.close, top)
+    return layer, root, top
 
 
 def _identity(attr: Attr) -> tuple[int, int]:
