@@ -55,7 +55,7 @@ def open_base(where: str, stack: ExitStack) -> Base:
         raise UsageError(f"--base {where}: not a file", _HINT)
     report = ["-indev", f"/proc/self/fd/{fd}", "-find", "/", "-type", "f", "-exec", "report_lba"]
     done = _run(report, [fd])
-    if done.returncode:
+    if done.returncode or os.pread(fd, 5, 0x8001) != b"CD001":  # xorriso takes other files for blank discs
         raise UsageError(f"--base {where}: not an ISO image", _HINT)
     lines = done.stdout.decode(errors="surrogateescape").splitlines()
     named = [(_unquoted(match[2]), int(match[1])) for match in map(_FILE.fullmatch, lines) if match]
