@@ -7,6 +7,7 @@ import os
 from tests.parity.quick import LONGEST, quick
 from tests.parity.script import Script
 from tests.parity.shorthands import Steps
+from tests.support.call_things import link_followed
 
 OTHER_NAME = "which names of one inode are in the upper differs; the index has it, so the rest follows"
 
@@ -77,14 +78,14 @@ def link_special_files(s: Script) -> Steps:
 
 @quick()
 def link_through_a_symlink(s: Script) -> None:
-    s.step("followed", lambda: os.link(s.at("l"), s.at("g"), follow_symlinks=True))
+    s.step("followed", lambda: link_followed(s.at("l"), s.at("g")))
     s.step("same", lambda: os.path.samefile(s.at("g"), s.at("f")))
 
 
 @quick()
 def link_by_descriptor(s: Script) -> None:
     fd = s.open("f", os.O_RDWR)
-    s.fd("link", lambda: os.link(f"/proc/self/fd/{fd}", s.at("g"), follow_symlinks=True))
+    s.fd("link", lambda: link_followed(f"/proc/self/fd/{fd}", s.at("g")))
     s.fd("write", lambda: os.pwrite(fd, b"W", 0))
     s.close(fd)
     s.read("g")
@@ -94,7 +95,7 @@ def link_by_descriptor(s: Script) -> None:
 def link_an_unlinked_file(s: Script) -> None:
     fd = s.open("f", os.O_RDWR)
     s.unlink("f")
-    s.fd("link", lambda: os.link(f"/proc/self/fd/{fd}", s.at("g"), follow_symlinks=True))
+    s.fd("link", lambda: link_followed(f"/proc/self/fd/{fd}", s.at("g")))
     s.close(fd)
 
 

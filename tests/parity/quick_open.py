@@ -9,6 +9,7 @@ from functools import partial
 from tests.parity.quick import errno_of, quick
 from tests.parity.script import Script
 from tests.parity.shorthands import Steps, fails
+from tests.support.call_things import link_followed
 
 # --- open
 
@@ -112,8 +113,8 @@ def open_with_a_name_to_come(s: Script) -> Steps:
     fd = s.open("d", os.O_TMPFILE | os.O_RDWR, 0o640)
     s.fd("write", lambda: os.write(fd, b"no name yet"))
     s.fd("links", lambda: os.fstat(fd).st_nlink)
-    s.fd("name", lambda: os.link(f"/proc/self/fd/{fd}", s.at("d/named"), follow_symlinks=True))
-    s.fd("another", lambda: os.link(f"/proc/self/fd/{fd}", s.at("d/a"), follow_symlinks=True))
+    s.fd("name", lambda: link_followed(f"/proc/self/fd/{fd}", s.at("d/named")))
+    s.fd("another", lambda: link_followed(f"/proc/self/fd/{fd}", s.at("d/a")))
     s.fd("links", lambda: os.fstat(fd).st_nlink)
     s.close(fd)
     yield
@@ -124,7 +125,7 @@ def open_with_a_name_to_come(s: Script) -> Steps:
 @quick()
 def open_with_no_name_ever(s: Script) -> None:
     fd = s.open("d", os.O_TMPFILE | os.O_RDWR | os.O_EXCL, 0o600)
-    s.fd("name", lambda: os.link(f"/proc/self/fd/{fd}", s.at("d/named"), follow_symlinks=True))
+    s.fd("name", lambda: link_followed(f"/proc/self/fd/{fd}", s.at("d/named")))
     s.fd("xattr", lambda: os.setxattr(f"/proc/self/fd/{fd}", "user.a", b"1"))
     s.close(fd)
     fails(s, "f", os.O_TMPFILE | os.O_RDWR, "tmpfile")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.parity.script import RENAME_EXCHANGE, RENAME_NOREPLACE, attempt, renameat2
 from tests.parity.trees import directory, link, opaque, symlink, whiteout
+from tests.support.call_things import link_followed
 from tests.support.tree import EPOCH_NS, Node, Tree
 
-NAMES = ("a", "b", "c", "d", "e")
 DEEPEST = 5
 """The maximum depth of new directories."""
 SLOTS = 4
@@ -52,6 +52,8 @@ BOTTOM: Tree = {
 
 class RandomScript:
     """Operations on the tree at *root*, with their results in :attr:`results`."""
+
+    NAMES: Sequence[str] = ("a", "b", "c", "d", "e")
 
     def __init__(self, root: str, seed: int) -> None:
         self.root = root
@@ -93,11 +95,11 @@ class RandomScript:
         """Return a path, usually one that existed some steps ago."""
         if self._there and self._chance.random() < 0.65:
             return self._chance.choice(self._there)
-        return "/".join(self._chance.choices(NAMES, k=self._chance.choice((1, 2, 2, 3, 3, 4))))
+        return "/".join(self._chance.choices(self.NAMES, k=self._chance.choice((1, 2, 2, 3, 3, 4))))
 
     def _new(self) -> str:
         """Return a new path, in a directory that existed some steps ago."""
-        name = self._chance.choice(NAMES)
+        name = self._chance.choice(self.NAMES)
         above = self._chance.choice(["", *self._there])
         return f"{above}/{name}" if above and above.count("/") < DEEPEST else name
 
@@ -238,7 +240,7 @@ class RandomScript:
 
         def use(fd: int) -> None:
             os.write(fd, data)
-            os.link(f"/proc/self/fd/{fd}", self._at(path), follow_symlinks=True)
+            link_followed(f"/proc/self/fd/{fd}", self._at(path))
 
         self._do(f"O_TMPFILE in {where}, then {path}", self._on(where, os.O_TMPFILE | os.O_RDWR, use))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.places import Place
+from tests.parity.random_more import MoreRandomScript
 from tests.parity.random_script import BOTTOM, TOP, RandomScript
 from tests.support import tree
 from tests.support.system import needs_fuse, needs_root, run
@@ -25,16 +26,21 @@ _KERNELS_NUMBERS = ("ino", "d_ino")
 
 
 @pytest.mark.parametrize(
-    ("kind", "rounds", "steps"),
+    ("kind", "rounds", "steps", "of"),
     [
-        pytest.param("image", DAY, 5000, id="image"),
-        pytest.param("image", 20, 5000, id="image, long", marks=at_night),
-        pytest.param("directory", 20, 5000, id="directory, long", marks=at_night),
-        pytest.param("kernel", 20, 5000, id="kernel, long", marks=at_night),
+        pytest.param("image", DAY, 5000, RandomScript, id="image"),
+        pytest.param("image", 20, 5000, RandomScript, id="image, long", marks=at_night),
+        pytest.param("directory", 20, 5000, RandomScript, id="directory, long", marks=at_night),
+        pytest.param("kernel", 20, 5000, RandomScript, id="kernel, long", marks=at_night),
+        pytest.param("image", 4, 5000, MoreRandomScript, id="image, more", marks=at_night),
+        pytest.param("directory", 4, 5000, MoreRandomScript, id="directory, more", marks=at_night),
+        pytest.param("kernel", 4, 5000, MoreRandomScript, id="kernel, more", marks=at_night),
     ],
 )
 @pytest.mark.timeout(1800)
-def test_random_scripts(kind: str, rounds: int, steps: int, tmp_path: Path, ext3: Path) -> None:
+def test_random_scripts(
+    kind: str, rounds: int, steps: int, of: type[RandomScript], tmp_path: Path, ext3: Path
+) -> None:
     """Each round continues with the tree of the previous one."""
     lowers = [tmp_path / "top", tmp_path / "bottom"]
     for lower, content in zip(lowers, (TOP, BOTTOM), strict=True):
@@ -49,7 +55,8 @@ def test_random_scripts(kind: str, rounds: int, steps: int, tmp_path: Path, ext3
         seed = int(os.environ.get("COWFS_SEED") or (1 if rounds == DAY else int.from_bytes(os.urandom(4))))
         print(f"COWFS_SEED={seed}")
         for number in range(rounds):
-            wrong = _round(kernel, subject, seed + number, steps)
+            wrong = _round(kernel, subject, of, seed + number, steps)
+            print(f"round {number + 1}: {'wrong' if wrong else 'right'}", flush=True)
             if wrong:
                 pytest.fail("\n".join(wrong), pytrace=False)
     finally:
@@ -60,10 +67,10 @@ def test_random_scripts(kind: str, rounds: int, steps: int, tmp_path: Path, ext3
         run("e2fsck", "-fn", stores[1])
 
 
-def _round(kernel: Place, subject: Place, seed: int, steps: int) -> list[str]:
+def _round(kernel: Place, subject: Place, of: type[RandomScript], seed: int, steps: int) -> list[str]:
     """Do *steps* operations on both systems; return descriptions of the differences."""
     with kernel.kernel(), subject.by(SUBJECT):
-        scripts = [RandomScript(str(place.at), seed) for place in (kernel, subject)]
+        scripts = [of(str(place.at), seed) for place in (kernel, subject)]
         try:
             for done in range(0, steps, 500):
                 for script in scripts:

@@ -95,3 +95,11 @@ def remove(path: str) -> None:
             os.unlink(path)
     except OSError:
         pass
+
+
+def link_followed(path: str, new: str) -> None:
+    """linkat(2) with AT_SYMLINK_FOLLOW; *path* is absolute.
+
+    os.link() follows a link only if it has a directory to start from. Otherwise it calls link(2).
+    """
+    os.link(path, new, src_dir_fd=0, follow_symlinks=True)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from tests.support.call_things import libc_call
+from tests.support.call_things import libc_call, link_followed
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _GETDENTS64, _OFD_SETLK, _OFD_GETLK = 217, 37, 36
@@ -62,7 +62,7 @@ def _all_of_a_removed(path: str) -> list[Any]:
         lambda: os.setxattr(fd, "user.a", b"1"), lambda: os.getxattr(fd, "user.a"),
         lambda: os.listxattr(fd),
         lambda: os.removexattr(fd, "user.a"), lambda: os.pread(fd, 20, 0), lambda: os.link(again, "back"),
-        lambda: os.link(again, "back", follow_symlinks=True), lambda: os.close(os.open(again, os.O_RDWR)),
+        lambda: link_followed(again, "back"), lambda: os.close(os.open(again, os.O_RDWR)),
         lambda: os.readlink(again).rpartition("/")[2], lambda: os.truncate(again, 3), lambda: os.fsync(fd),
         lambda: [oct(os.fstat(fd).st_mode), os.fstat(fd).st_uid, os.fstat(fd).st_size],
         lambda: libc_call("linkat", fd, b"", -100, b"back", 0x1000), lambda: os.chmod(again, 0o600),
@@ -101,10 +101,10 @@ def _without_name(flags: int) -> list[Any]:
         return [
             os.fstat(fd).st_nlink,
             os.write(fd, b"text"),
-            _tried(lambda: os.link(path, "f", follow_symlinks=True)),
-            _tried(lambda: os.link(path, "t", follow_symlinks=True)),
+            _tried(lambda: link_followed(path, "f")),
+            _tried(lambda: link_followed(path, "t")),
             os.fstat(fd).st_nlink,
-            _tried(lambda: os.link(path, "d/t2", follow_symlinks=True)),
+            _tried(lambda: link_followed(path, "d/t2")),
             _tried(lambda: os.link("t", "t3")),
             os.fstat(fd).st_nlink,
         ]
