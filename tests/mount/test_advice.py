@@ -125,7 +125,10 @@ def test_nobody_waits_for_a_stopped_daemon(base: Path, nobody: bool) -> None:
                 assert done.returncode == 32 and f"kill -CONT {pid}" in advised(done.stderr, here.path), done
         run(*(as_nobody_prefix() if nobody else []), "touch", here.path / "new")
         assert cowfs("diff", str(here.path), nobody=nobody).stdout == "A  new\n"
-        assert not here.log.read_text()
+        lines = here.log.read_text().splitlines()
+        assert not [
+            line for line in lines if "INFO cowfs.fuse.reclaim" not in line
+        ]  # a machine short of memory
     assert not new.exists()
 
 
