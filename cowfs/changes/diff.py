@@ -18,9 +18,11 @@ not changes. :func:`cowfs.changes.compare.compare` defines what is equal.
 
 from __future__ import annotations
 
+import heapq
 import stat
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from cowfs.changes.compare import Inode, compare, differing, set_data
@@ -28,7 +30,7 @@ from cowfs.changes.links import Aliases, find_aliases
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.near import Needs, Survey, outermost, ways_to
 from cowfs.changes.paths import is_below, join, type_name
-from cowfs.changes.scan import GONE, readdir, rename_source, renamed, source_of
+from cowfs.changes.scan import GONE, entries, rename_source, renamed, source_of
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.overlay.stack import Stack, is_whiteout, notes_of
 from cowfs.overlay.xattr_format import Notes, XattrFormat
@@ -117,8 +119,21 @@ class _Directory:
     """Whether the names of *base* are visible. If not, those that the upper does not have are deleted."""
 
 
+_MANY = 8192
+"""How many names are put in order at once: some milliseconds."""
 _Step = Change | _Directory | None
 """A change, a directory to descend into, or None: the caller may do other work."""
+
+
+def in_order(names: set[bytes]) -> Generator[None, None, Iterable[bytes]]:
+    """Return the names in order; yield now and then, because there may be a million."""
+    if len(names) <= _MANY:
+        return sorted(names)
+    left, runs = iter(names), []
+    while some := [*islice(left, _MANY)]:
+        runs.append(sorted(some))
+        yield
+    return heapq.merge(*runs)
 
 
 class _Diff:
@@ -209,11 +224,16 @@ class _Diff:
         self._ways = ways_to(self._within)
         return needs
 
-    def _names(self, here: _Directory) -> set[bytes]:
+    def _names(self, here: _Directory) -> Generator[None, None, set[bytes]]:
         ways = self._ways.get(here.path)
         if ways is not None:
             return ways
-        names = set() if here.upper is None else {entry.name for entry in readdir(self._upper, here.upper)}
+        names: set[bytes] = set()
+        if here.upper is not None:
+            for number, entry in enumerate(entries(self._upper, here.upper)):
+                names.add(entry.name)
+                if not number % _MANY:
+                    yield
         if here.base is not None:
             if here.merged:
                 names |= self._aliases.inside.get(here.base_path, set())
@@ -222,7 +242,7 @@ class _Diff:
         return names
 
     def _contents(self, here: _Directory) -> Iterator[_Step]:
-        for name in sorted(self._names(here)):
+        for name in (yield from in_order((yield from self._names(here)))):
             yield None
             try:
                 yield from self._entry(here, name)

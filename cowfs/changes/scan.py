@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 
 from cowfs.changes.paths import below, join
 from cowfs.layers.base import Key, LowerLayer
@@ -22,6 +23,19 @@ def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
         return layer.readdir(directory)
     except GONE:
         return []
+
+
+def entries(layer: LowerLayer, directory: Key) -> Iterator[DirEntry]:
+    """Yield the entries of a directory, reading some at a time if the layer can do that; none if it was
+    removed meanwhile. Blocks; other OSErrors.
+    """
+    in_pieces = getattr(type(layer), "pieces", None)  # of the class: a proxy may be called elsewhere
+    if in_pieces is None:
+        yield from readdir(layer, directory)
+        return
+    with suppress(*GONE):
+        for some in in_pieces(layer, directory):
+            yield from some
 
 
 def source_of(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
@@ -67,7 +81,7 @@ def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None
     waiting: list[tuple[Key, bytes, bytes]] = [(root, b"", b"")]
     while waiting:
         directory, path, base = waiting.pop()
-        for entry in readdir(layer, directory):
+        for entry in entries(layer, directory):
             if entry.type not in {0, stat.S_IFREG, stat.S_IFDIR}:
                 continue
             yield

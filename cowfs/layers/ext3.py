@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -121,6 +121,18 @@ class Ext3Layer:
         if isinstance(names, LargeNames):
             return lambda: list(self.image.list_large(directory))
         return list(names)
+
+    def pieces(self, directory: int) -> Iterator[list[DirEntry]]:
+        """Yield the entries, some at a time if there are very many; other calls may come in between.
+
+        It may or may not contain names that are added or removed meanwhile. ENOTDIR, EFBIG.
+        """
+        names = self.image.names(directory)
+        if not isinstance(names, LargeNames):
+            yield self.readdir(directory)
+            return
+        for some in self.image.list_pieces(directory):
+            yield [DirEntry(name, type_of(value)) for name, value in some.items()]
 
     def readlink(self, key: int) -> bytes:
         return self.image.readlink(key)

@@ -20,7 +20,7 @@ from cowfs.formats.squashfs.xattrs import COUNT_MAX
 from cowfs.layers.directory import open_directory
 from cowfs.layers.ext3 import open_ext3
 from tests.ext3 import images
-from tests.support.mounts import Mounted, eventually, mounted
+from tests.support.mounts import COWFS, Mounted, eventually, mounted
 from tests.support.squashforge import Entry, Forge
 from tests.support.system import needs_fuse, needs_root, run
 from tests.support.victim import looking
@@ -207,6 +207,7 @@ def test_listing(place: Path, report: Report, kind: str) -> None:
             here, f"names one by one, of {kind}",
             lambda: [os.stat(here.path / f"big/{number:06}") for number in range(0, NAMES, 37)],
         )  # fmt: skip
+        report.watch(here, f"changes of {kind}", lambda: run(*COWFS, "diff", here.path, timeout=300))
 
 
 def fill_with_files(store: Path) -> None:

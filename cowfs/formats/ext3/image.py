@@ -216,17 +216,25 @@ class Image(Opened):
         It may or may not contain names that are added or removed meanwhile. It contains all others.
         """
         names: dict[bytes, int] = {}
-        count = 0
+        for _ in self.list_pieces(directory, names):
+            pass
+        return names
+
+    def list_pieces(
+        self, directory: int, names: dict[bytes, int] | None = None
+    ) -> Iterator[dict[bytes, int]]:
+        """Yield what :meth:`list_large` returns, a part at a time; *names* collects it."""
+        names, count = {} if names is None else names, 0
         for data in self._list(directory):
-            before = len(names)
-            names.update(parse(data))
+            before, some = len(names), dict(parse(data))
+            names.update(some)
             # An index may move names to the end meanwhile, so that some are read twice, but not all of them.
             count = 0 if len(names) > before else count + 1
             if len(names) > MOST_LISTED:
                 raise OSError(errno.EFBIG, "the directory is too large to be listed", self.name)
             if count > _NOTHING_NEW:
                 raise self.damaged(f"directory {directory} repeats its names without end")
-        return names
+            yield some
 
     def create(
         self,
