@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing, suppress
+from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from http import HTTPStatus
 from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
@@ -233,7 +234,8 @@ class HttpFile:
         """Return a connection to the server of a URL, the request target, and its headers."""
         mine = self._mine
         host = url.hostname or ""
-        target = quote(urlunsplit(("", "", url.path or "/", url.query, "")), safe=_KEPT)
+        asked = (url.path or "/") + (f"?{url.query}" if url.query else "")
+        target = quote(asked, safe=_KEPT)
         headers = {"Accept-Encoding": "identity", "User-Agent": "cowfs"}
         login = self._login(host)
         if login is not None:
@@ -248,14 +250,16 @@ class HttpFile:
         return mine.connection, target, headers
 
     def _connect(self, url: SplitResult, host: str, proxy: SplitResult | None) -> http.client.HTTPConnection:
-        to, port = (host, url.port) if proxy is None else (proxy.hostname or "", proxy.port)
+        usual = http.client.HTTP_PORT if url.scheme == "http" else http.client.HTTPS_PORT
+        port = url.port or usual  # without a number, http.client takes the end of an IPv6 address for it
+        to, its = (host, port) if proxy is None else (proxy.hostname or "", proxy.port or usual)
         if url.scheme == "http":
-            return http.client.HTTPConnection(to, port, timeout=self._timeout)
+            return http.client.HTTPConnection(to, its, timeout=self._timeout)
         if self._tls is None:
             self._tls = ssl.create_default_context()
-        connection = http.client.HTTPSConnection(to, port, timeout=self._timeout, context=self._tls)
+        connection = http.client.HTTPSConnection(to, its, timeout=self._timeout, context=self._tls)
         if proxy is not None:
-            connection.set_tunnel(host, url.port or 443)
+            connection.set_tunnel(host, port)
         return connection
 
     def _disconnect(self) -> None:
@@ -294,8 +298,15 @@ def _reason(answer: http.client.HTTPResponse) -> str:
 
 
 def _wait(answer: http.client.HTTPResponse) -> float:
+    """Return the seconds that Retry-After says, as a number or as a date; 0 if it says nothing valid."""
     said = answer.getheader("Retry-After", "")
-    return min(float(said), _LONGEST_WAIT) if said.isdecimal() else 0.0
+    if said.isdecimal():
+        return min(float(said), _LONGEST_WAIT)
+    try:
+        seconds = parsedate_to_datetime(said).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return max(0.0, min(seconds, _LONGEST_WAIT))
 
 
 def _said(error: Exception) -> str:

@@ -333,6 +333,40 @@ def test_so_is_one_after_which_the_server_closes(monkeypatch: pytest.MonkeyPatch
     assert isinstance(results[0], Unreachable)
 
 
+@pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
+def test_an_address_of_ipv6_needs_no_port(scheme: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+
+    def refuse(address: tuple[str, int], *_: object) -> None:
+        reached.append(address)
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(Unreachable, match="refused"):
+        HttpFile(f"{scheme}://[::1]/x", lambda _: None, timeout=1).version()
+    assert set(reached) == {("::1", port)}
+
+
+@pytest.mark.parametrize(
+    ("said", "wait"),
+    [("7", 7), ("9" * 400, 60), ("", 0), ("soon", 0), ("-1", 0), ("Fri, 01 Jan 2100 00:00:00 GMT", 60)]
+    + [("Sat, 01 Aug 2020 10:00:00 GMT", 0), ("Sat, 01 Aug 2020 10:00:00", 0), ("1 Jan 99999 0:0:0 GMT", 0)],
+)
+def test_a_server_says_when_to_ask_again(said: str, wait: int) -> None:
+    """And gets the path as it is in the URL, with two slashes."""
+    head = f"HTTP/1.0 503 Later\r\nRetry-After: {said}\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}//a//x?y=/z"
+        thread, results = in_thread(HttpFile(url, lambda _: None, timeout=60).version)
+        with listener.accept()[0] as connection:
+            asked = connection.recv(65536)
+            connection.sendall(head.encode())
+        thread.join(10)
+    assert isinstance(results[0], Unreachable)
+    assert (results[0].why, results[0].wait) == ("the server answers 503 Later", wait)
+    assert asked.startswith(b"GET //a//x?y=/z HTTP/1.1\r\n")
+
+
 @pytest.mark.parametrize("said", ["", "Content-Range: bytes 0-9/*\r\n", "Content-Range: bytes x-y/z\r\n"])
 def test_a_part_of_an_unknown_whole_is_refused_as_such(said: str) -> None:
     head = f"HTTP/1.1 206 Partial Content\r\nConnection: close\r\n{said}Content-Length: 10\r\n\r\n1234567890"
