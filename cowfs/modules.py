@@ -7,6 +7,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any
 
 from cowfs.changes.checkpoint import must_be_one, stillness
@@ -155,12 +156,20 @@ def _must_be_new(union: Union, found: Identity, path: str) -> None:
 
 
 def _number_of(union: Union, path: str, fd: int) -> int:
-    """Return the number of the module that is this image, or else was at this path."""
-    found = identify_image(fd, path) if fd >= 0 else None
-    for number, known in union.modules.items():
-        if known.fingerprint == found.fingerprint if found is not None else known.path == path:
+    """Return the number of the module that is this image, or else was at this path.
+
+    The file at the path may have been replaced or damaged since then.
+    """
+    known = union.modules.items()
+    with suppress(LayerError):
+        found = identify_image(fd, path) if fd >= 0 else None
+        for number, one in known:
+            if found is not None and one.fingerprint == found.fingerprint:
+                return number
+    for number, one in known:
+        if one.path == path:
             return number
-    if any(known.path == path for known in union.identities):
+    if any(one.path == path for one in union.identities):
         raise UsageError(
             f"{path}: is a lower that the store belongs to", "only what cowfs lower add added can be removed"
         )

@@ -68,11 +68,14 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             if args.what == "add":
                 raise LayerError(f"{args.image}: {error.strerror}", "give a squashfs image") from None
-        if args.what == "add" and may_wait(fd):
-            raise LayerError(
-                f"{args.image}: is on a filesystem that may hang (NFS, FUSE), or in the mount itself",
-                "copy it to /run or to a disk",
-            )
+        if fd >= 0 and may_wait(fd):
+            if args.what == "add":
+                raise LayerError(
+                    f"{args.image}: is on a filesystem that may hang (NFS, FUSE), or in the mount itself",
+                    "copy it to /run or to a disk",
+                )
+            os.close(fd)  # a daemon that reads a file of its own mount waits for itself
+            fd = -1
         if args.what == "add" and os.geteuid() == 0 and not args.trust:
             _must_be_roots(mount, path, fd)
         replies = ask(

@@ -182,8 +182,19 @@ def test_what_is_refused(tmp_path: Path, images: tuple[Path, Path]) -> None:
         assert "is a lower of this mount already" in refused("lower", "add", mnt, module)
         assert "a store cannot depend" in refused("revert", mnt, "file")
         assert "a store cannot depend" in refused("vacuum", mnt)
-        module.unlink()
-        lower("remove", mnt, module)
+        (mnt / "inside.sb").write_bytes(module.read_bytes())
+        assert "is not a module of this mount" in refused("lower", "remove", mnt, mnt / "inside.sb")
+        (mnt / "inside.sb").unlink()
+        content = module.read_bytes()
+        for there in (root.read_bytes(), content[:100], b"", None):  # what has replaced it
+            module.unlink()
+            if there is not None:
+                module.write_bytes(there)
+            lower("remove", mnt, module)
+            assert not (mnt / "opt").exists()
+            module.unlink(missing_ok=True)
+            module.write_bytes(content)
+            lower("add", mnt, module)
     assert not (tmp_path / "store/upper/inside.sb").exists()
 
 
