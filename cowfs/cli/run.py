@@ -292,6 +292,7 @@ def _wait(
             if left:
                 warn(f"processes that the command left running cannot be ended: {', '.join(left)}")
         for number, handler in zip(_FROM_TERMINAL, before, strict=True):
+            signal.signal(number, signal.SIG_IGN)  # drops one that is pending, because it is blocked
             signal.signal(number, handler)
 
 

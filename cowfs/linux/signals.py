@@ -14,7 +14,7 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -88,26 +88,27 @@ def ctrl_c_postponed() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C (SIGINT) raise KeyboardInterrupt during the block, even if it is blocked outside."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def interruptible(numbers: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
+    """Let these signals raise KeyboardInterrupt during the block, even if they are blocked outside."""
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def read_answer(question: str) -> str:
     """Write *question* to stderr, and return the line that is read from stdin; "" at its end. Blocks.
 
     Ctrl-C raises KeyboardInterrupt from the moment when the question is seen, even if it comes just before
-    the wait for a line begins: Python runs no handler during read(2).
+    the wait for a line begins: Python runs no handler during read(2). So do SIGTERM and SIGHUP.
     """
     come, comes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        with interruptible():
+        with interruptible(ASKS_TO_END):
             before = signal.set_wakeup_fd(comes)
             try:
                 print(question, end="", file=sys.stderr, flush=True)

@@ -411,7 +411,11 @@ def test_what_was_changed_between_two_runs_is_a_conflict(root: Path, tmp_path: P
 
 
 def answering(
-    root: Path, answers: bytes, script: str, *options: str | Path, output: int | None = None
+    root: Path,
+    answers: bytes | signal.Signals,
+    script: str,
+    *options: str | Path,
+    output: int | None = None,
 ) -> tuple[int, str]:
     """Run a command on a terminal, and answer what is asked; return the exit code and what was shown.
 
@@ -435,7 +439,10 @@ def answering(
             while piece := os.read(ours, 65536):
                 shown += piece
                 if answers and b"? " in shown:
-                    os.write(ours, answers)
+                    if isinstance(answers, bytes):
+                        os.write(ours, answers)
+                    else:
+                        process.send_signal(answers)
                     answers = b""
         except OSError:  # EIO: all others have closed it
             pass
@@ -457,8 +464,12 @@ def test_it_is_asked_on_a_terminal(root: Path, tmp_path: Path) -> None:
     assert (code, (root / "file").read_text(), os.listdir(root / "swap1")) == (0, "8\nmore\n", []), shown
     assert "discard?" not in shown
     assert cowfs("diff", tmp_path / "kept.bs").stdout == ""
-    code, shown = answering(root, b"\3", "echo more >>file")
-    assert (code, rescued(shown.replace("\r", ""))) == (FAILED, "file\n")
+    for answer in (b"\3", signal.SIGTERM):
+        code, shown = answering(root, answer, "echo more >>file")
+        assert (code, rescued(shown.replace("\r", ""))) == (FAILED, "file\n")
+    script = "trap : INT; echo more >>file; kill -INT 0; exit 3"  # only the command's, as from Ctrl-C
+    code, shown = answering(root, b"d\n", script)
+    assert (code, (root / "file").read_text()) == (3, "8\nmore\n"), shown
     code, shown = answering(root, b"\4", "echo more >>file", "--store", tmp_path / "store")
     assert (code, cowfs("diff", tmp_path / "store", "--name-only").stdout) == (0, "file\n"), shown
 

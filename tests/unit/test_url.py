@@ -349,8 +349,14 @@ def test_an_address_of_ipv6_needs_no_port(scheme: str, port: int, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("said", "wait"),
-    [("7", 7), ("9" * 400, 60), ("", 0), ("soon", 0), ("-1", 0), ("Fri, 01 Jan 2100 00:00:00 GMT", 60)]
-    + [("Sat, 01 Aug 2020 10:00:00 GMT", 0), ("Sat, 01 Aug 2020 10:00:00", 0), ("1 Jan 99999 0:0:0 GMT", 0)],
+    [
+        *(("7", 7), ("9" * 400, 60), ("", 0), ("soon", 0), ("-1", 0), ("Fri, 01 Jan 2100 00:00:00 GMT", 60)),
+        *(
+            ("Sat, 01 Aug 2020 10:00:00 GMT", 0),
+            ("Sat, 01 Aug 2020 10:00:00", 0),
+            ("1 Jan 99999 0:0:0 GMT", 0),
+        ),
+    ],
 )
 def test_a_server_says_when_to_ask_again(said: str, wait: int) -> None:
     """And gets the path as it is in the URL, with two slashes."""
