@@ -22,14 +22,14 @@ OLD = """
 mkdir -p old/etc old/opt/tool old/gone/deep old/deleted
 echo a >old/etc/a; echo b >old/etc/b; echo c >old/etc/c
 echo one >old/opt/tool/one; echo data >old/gone/deep/file
-echo d >old/deleted/d; ln old/etc/c old/etc/c2
+echo d >old/deleted/d; ln old/etc/c old/etc/c2; head -c 100000 /dev/zero >old/opt/large
 cp -a old new
 echo new-a >new/etc/a; echo new-b >new/etc/b; echo two >new/opt/tool/two; rm -r new/gone
 echo d2 >new/deleted/d2
 """
 CHANGE = """
 echo my-a >etc/a; echo mine >etc/mine; mv opt/tool opt/tool2; mv gone kept; echo more >>kept/deep/file
-rm -r deleted; echo more >>etc/c; echo new-b >etc/b
+rm -r deleted; echo more >>etc/c; echo new-b >etc/b; chmod 600 opt/large
 """
 TOLD = {
     ("conflict", "deleted", "deleted in the store, changed in the new root"),
@@ -73,6 +73,7 @@ def test_a_users_store(nobody_path: Path, fakeroot: bool) -> None:
     assert code == CONFLICTS
     assert {(one["kind"], one["path"], one["why"]) for one in done["told"]} == TOLD  # type: ignore[attr-defined]
     assert (done["told"], done["kept"], done["from"]) == (would["told"], would["kept"], [str(old)])
+    assert cowfs("check", "-n", store, nobody=True).returncode == 0
     files = at(look, "find . -type f | xargs grep .").splitlines()
     assert sorted(files) == [
         *("./changed/etc/a:my-a", "./changed/kept/deep/file:data", "./changed/kept/deep/file:more"),
@@ -80,12 +81,13 @@ def test_a_users_store(nobody_path: Path, fakeroot: bool) -> None:
         *("./old/deleted/d:d", "./old/etc/a:a", "./old/gone/deep/file:data"),
     ]
     with mounted(new, mnt, store, options=options, nobody=True):
-        assert sorted(at(mnt, "find . -type f | xargs grep .").splitlines()) == [
+        assert sorted(at(mnt, "find . -type f -size -9 | xargs grep .").splitlines()) == [
             *("./etc/a:my-a", "./etc/b:new-b", "./etc/c2:c", "./etc/c2:more", "./etc/c:c", "./etc/c:more"),
             *("./etc/mine:mine", "./kept/deep/file:data", "./kept/deep/file:more"),
             *("./opt/tool2/one:one", "./opt/tool2/two:two"),
         ]
         assert at(mnt, "stat -c %i etc/c etc/c2 | uniq | wc -l") == "1\n"
+        assert at(mnt, "stat -c %a opt/large; cmp opt/large ../new/opt/large") == "600\n"
         if fakeroot:
             assert at(mnt, "stat -c '%u %F' etc/mine owned").splitlines() == [
                 *("5 regular file", "7 directory"),

@@ -245,8 +245,6 @@ def broken_rules(entries: Iterable[Entry], xattrs: XattrFormat) -> Iterator[str]
                 continue
         if redirect is not None and not leads_somewhere(redirect):
             yield f"{name}: redirects to {printable(os.fsdecode(redirect))}, not a valid path in a lower"
-        if xattrs.is_metacopy(entry.notes, entry.attr) and redirect is None:
-            if parent in opaque:
-                yield f"{name}: marked as having its data in a lower (metacopy), but its directory is opaque"
-            elif xattrs.origin not in entry.notes:
-                yield f"{name}: marked as having its data in a lower (metacopy), but not where (no origin)"
+        # A metacopy needs no origin: a rebase removes it, and the data is found by name.
+        if xattrs.is_metacopy(entry.notes, entry.attr) and redirect is None and parent in opaque:
+            yield f"{name}: marked as having its data in a lower (metacopy), but its directory is opaque"
