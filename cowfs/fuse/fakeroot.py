@@ -81,7 +81,7 @@ class FakerootAdapter(Adapter):
             del self._lent[next(iter(self._lent))]
 
     def _entry(self, node: Node, attr: Attr) -> EntryAttributes:
-        """Return the entry that the kernel shall cache."""
+        """Return the entry that the kernel may cache."""
         entry = super()._entry(node, attr)
         self._misjudged.discard(node.ino)
         return self._lent_entry(entry) if node.ino in self._lent else entry
@@ -97,7 +97,7 @@ class FakerootAdapter(Adapter):
         return self._lent_entry(entry) if entry.st_ino in self._lent else entry
 
     def _shown(self, node: Node) -> EntryAttributes:
-        """Return the entry that stat(2) shall show. If the inode is lent, the kernel does not cache it.
+        """Return the entry that stat(2) should show. If the inode is lent, the kernel does not cache it.
 
         But before it executes a file, the kernel makes the same request, and then uses what it has cached.
         So it may cache an entry that it does not have this one time. It then takes the file for root's until

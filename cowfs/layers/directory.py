@@ -250,7 +250,7 @@ class DirectoryLayer(Descriptors):
         return self._made(directory, name, DIRECTORY, since, uid, gid, added)
 
     def _added(self, mode: int) -> int:
-        """Return the permissions that this layer needs but a new inode shall not show."""
+        """Return the permissions that this layer needs but a new inode must not show."""
         return 0 if self._notes is None else needed(mode) & ~mode
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:

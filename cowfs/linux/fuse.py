@@ -55,7 +55,7 @@ def mount_connection(fd: int, mountpoint: str, source: str, given: Collection[st
 
 
 def remount(mountpoint: str, options: Collection[str], *, read_only: bool) -> None:
-    """Make a mount writable or read-only. *options* are those that it shall have, as in mountinfo.
+    """Make a mount writable or read-only. *options* are all that it has then, as in mountinfo.
 
     Raises what mount(2) raises: EBUSY while a file in it is open for writing, EPERM.
     """
