@@ -57,7 +57,7 @@ def test_every_command_takes_the_name_as_it_is(tmp_path: Path, lower: Path, name
     with mounted(lower, tmp_path / "mnt", store=store) as union:
         assert (union.path / "new").read_text() == "new\n"
         said("grow", store, "20")
-    assert re.search(r"used: .* of 20 MiB", said("info", store))
+    assert re.search(r"^size: +20 MiB$", said("info", store), re.MULTILINE)
     assert "new" in said("diff", store)
     assert "inodes" in said("check", "-n", store)
     said("grow", store, "24")
