@@ -122,7 +122,7 @@ def test_a_store_of_the_kernels_is_adopted(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (["file"], "not a store: it contains file"),
-        (["upper/x", "work/y", "zfile", "afile"], "not a store: it contains afile and 1 more"),
+        (["upper/x", "work/y", "zfile", "afile"], "an overlayfs pair, and afile beside it"),
         (["upper/x"], "not a store: it contains upper|work is missing|an incomplete store"),
         (["cowfs/header.json"], "an incomplete store: upper is missing"),
         (["cowfs/foreign", "upper/x", "work/x"], "an incomplete store"),
