@@ -37,7 +37,7 @@ _TAKING = (
 )  # fmt: skip
 
 
-class Session(NamedTuple):
+class Typed(NamedTuple):
     """Commands of a document, and what has to be there before the first."""
 
     document: str
@@ -45,17 +45,17 @@ class Session(NamedTuple):
     commands: list[Command]
 
 
-def _from(document: str, first: str, last: str, prepare: str) -> Session:
+def _from(document: str, first: str, last: str, prepare: str) -> Typed:
     """The commands of a document from one to another."""
     wanted = [command for command in section(document, first, last) if not command.line.startswith(_NOT_HERE)]
-    return Session(document, prepare, wanted)
+    return Typed(document, prepare, wanted)
 
 
-def _lines(document: str, prepare: str, *beginnings: str) -> Session:
+def _lines(document: str, prepare: str, *beginnings: str) -> Typed:
     """The commands without a prompt that begin so, as root, with the store that they are about."""
     lines = [line.strip() for line in (ROOT / document).read_text().splitlines() if line.startswith("    ")]
     wanted = [line.replace("STORE", "sysrcd.bs") for line in lines if line.startswith(beginnings)]
-    return Session(document, prepare, [Command(line, is_root=True) for line in wanted])
+    return Typed(document, prepare, [Command(line, is_root=True) for line in wanted])
 
 
 def _file(document: str, name: str) -> str:
@@ -64,7 +64,7 @@ def _file(document: str, name: str) -> str:
     return f"{AS_NOBODY} sh -c {shlex.quote(f'printf %s {shlex.quote(text)} >{name}')}"
 
 
-def sessions() -> list[Session]:
+def everything() -> list[Typed]:
     """Everything that a bare system can do."""
     srv, mnt, media = (f"mount -t tmpfs -o mode=755 t /{name}" for name in ("srv", "mnt", "media"))
     quick, readme, rescue = "docs/quickstart.md", "README.md", "docs/rescue-system.md"
@@ -112,12 +112,10 @@ def sessions() -> list[Session]:
 def main() -> int:
     """Run all; return 1 if a command did not end as its document says."""
     bad = 0
-    for session in sessions():
-        print(f"== {session.document}", flush=True)
-        quiet = f"{{ {session.prepare}; }} >/dev/null 2>&1"
-        for command, (status, said) in zip(
-            session.commands, run(quiet, session.commands, PATIENCE), strict=True
-        ):
+    for part in everything():
+        print(f"== {part.document}", flush=True)
+        quiet = f"{{ {part.prepare}; }} >/dev/null 2>&1"
+        for command, (status, said) in zip(part.commands, run(quiet, part.commands, PATIENCE), strict=True):
             wrong = (status != 0) != command.fails
             bad += wrong
             print("FAILS " if wrong else "      ", "#" if command.is_root else "$", command.line, flush=True)
