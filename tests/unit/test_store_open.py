@@ -216,6 +216,37 @@ def test_no_advice_loses_anything(tmp_path: Path, make: Callable[[Path], None]) 
     assert not re.search(r"\brm\b|remove|-y\b", refused.value.hint)
 
 
+_INTERRUPTED = """
+import os, signal, sys
+from contextlib import ExitStack
+from cowfs.layers import ext3
+from cowfs.store.served.image import open_layer
+
+class Interrupted(ext3.Ext3Layer):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    def close(self):
+        print("closed")
+        super().close()
+
+ext3.Ext3Layer = Interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with ExitStack() as stack:
+        open_layer(os.open(sys.argv[1], os.O_RDWR), sys.argv[1], stack)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_leaves_no_image_open(tmp_path: Path) -> None:
+    create_store(str(tmp_path / "store"), 16 << 20)
+    said = run(sys.executable, "-c", _INTERRUPTED, tmp_path / "store", cwd=project_root()).stdout
+    assert said.split() == ["closed", "interrupted"]
+
+
 def test_one_at_a_time(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
     with hold(path) as holder:

@@ -18,6 +18,7 @@ from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.linux import files, helper_process, loop_devices, mounts, safe_paths, trust
 from cowfs.linux.files import LACK_OF_ROOM, open_ordinary
+from cowfs.linux.signals import ctrl_c_postponed
 from cowfs.overlay.aufs import AufsStore
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.format import copy_detection, layout
@@ -283,15 +284,16 @@ def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False)
             "install libext2fs-dev, then cowfs again; root can use --engine kernel instead",
         ) from None
     try:
-        layer = Ext3Layer(Image(fd, path, read_only=read_only))
+        with ctrl_c_postponed():  # in between, it would leave the image marked as in use
+            layer = Ext3Layer(Image(fd, path, read_only=read_only))
+            stack.callback(_close, layer, path)
+            return layer
     except OSError as error:
         if error.errno in LACK_OF_ROOM:
             raise StoreError(f"{path}: cannot be written to: {error.strerror}", "free space there") from None
         damaged = error.errno in {errno.EBADMSG, errno.EUCLEAN}
         why = "the filesystem in it is damaged" if damaged else f"cannot be read: {error.strerror}"
         raise StoreError(f"{path}: {why}", f"for details see cowfs check -n {path}") from None
-    stack.callback(_close, layer, path)
-    return layer
 
 
 def _close(layer: UpperLayer, path: str) -> None:
