@@ -69,12 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.cli.diff import patterns_of
 
     what, paths = patterns_of(args)
-    if args.undo and (paths or args.all or args.metadata or args.dry_run):
-        raise UsageError("--undo undoes the whole last revert", "leave the rest out")
-    if not paths and not args.all and not args.undo:
-        raise UsageError("no path given", "give paths, or --all")
-    if paths and args.all:
-        raise UsageError("--all reverts everything", "leave out the paths, or --all")
+    _check_usage(args, paths)
     lowers = options.lowers_of(args)
     if args.dry_run:
         _list(args, what, paths, lowers)
@@ -124,6 +119,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.undo and not args.quiet and not (args.json or args.null):
         warn(f"{count} reverted; to undo this, run: cowfs revert {os.path.abspath(what)} --undo")
     return 32 if failed else 0
+
+
+def _check_usage(args: argparse.Namespace, paths: list[bytes]) -> None:
+    """UsageError unless the options and paths go together."""
+    if args.undo and (paths or args.all or args.metadata or args.dry_run):
+        raise UsageError("--undo undoes the whole last revert", "leave the rest out")
+    if not paths and not args.all and not args.undo:
+        raise UsageError("no path given", "give paths, or --all")
+    if paths and args.all:
+        raise UsageError("--all reverts everything", "leave out the paths, or --all")
 
 
 def _list(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lowers) -> None:
