@@ -9,12 +9,13 @@ from typing import Any, cast
 
 from cowfs.changes import diff
 from cowfs.changes.composite import Above, above
+from cowfs.changes.scan import pieces
 from cowfs.fuse.control import MayHang, in_main_thread
-from cowfs.layers.base import LowerLayer, UpperLayer
+from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.layers.slow import SlowLayer
 from cowfs.overlay.overlay import Overlay
 from cowfs.store.format.checkpoints import Range, as_layers
-from cowfs.types import Change
+from cowfs.types import Change, DirEntry
 
 _SLICE = 0.02
 """Seconds that a thread works before it reports what it has found."""
@@ -77,6 +78,12 @@ class _InMainThread:
 
     def __init__(self, layer: LowerLayer) -> None:
         self._layer = layer
+
+    def pieces(self, directory: Key) -> Iterator[list[DirEntry]]:
+        """Yield the entries of a directory, some at a time if the layer can do that."""
+        found = pieces(self._layer, directory)
+        while (some := _call(next, found, None)) is not None:
+            yield some
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._layer, name)

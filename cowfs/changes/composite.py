@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple, cast
 
 from cowfs.changes.compare import Inode
-from cowfs.changes.scan import GONE
+from cowfs.changes.scan import GONE, pieces
 from cowfs.layers.base import File, Key, LowerLayer, NamesJob, UpperLayer
 from cowfs.overlay.index import Index, open_index
 from cowfs.overlay.stack import Found, Hit, Place, Stack, is_whiteout, notes_of
@@ -132,11 +133,16 @@ class Composite:
         return b"/" + b"/".join(path) if from_root else b"/".join(path)
 
     def readdir(self, directory: _Composed) -> list[DirEntry]:
-        entries: dict[bytes, DirEntry] = {}
+        return [*chain.from_iterable(self.pieces(directory))]
+
+    def pieces(self, directory: _Composed) -> Iterator[list[DirEntry]]:
+        """Yield the entries, as many at a time as the layers do; other calls may come in between."""
+        seen: set[bytes] = set()
         for number, key in directory.places:
-            for entry in self._stack.layers[number].readdir(key):
-                entries.setdefault(entry.name, entry)
-        return list(entries.values())
+            for some in pieces(self._stack.layers[number], key):
+                fresh = [entry for entry in some if entry.name not in seen]
+                seen.update(entry.name for entry in fresh)
+                yield fresh
 
     def names(self, directory: _Composed) -> list[bytes] | NamesJob:
         return [entry.name for entry in self.readdir(directory)]

@@ -230,15 +230,16 @@ class _Diff:
             return ways
         names: set[bytes] = set()
         if here.upper is not None:
-            for number, entry in enumerate(entries(self._upper, here.upper)):
-                names.add(entry.name)
-                if not number % _MANY:
+            for entry in entries(self._upper, here.upper):
+                if entry is None:
                     yield
+                else:
+                    names.add(entry.name)
         if here.base is not None:
             if here.merged:
                 names |= self._aliases.inside.get(here.base_path, set())
             else:
-                names |= self._view.names(here.base)
+                names |= yield from self._view.names_by_steps(here.base)
         return names
 
     def _contents(self, here: _Directory) -> Iterator[_Step]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.paths import join
+from cowfs.changes.scan import entries
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.overlay.index import Index
 from cowfs.overlay.xattr_format import is_whiteout_device
@@ -50,7 +51,12 @@ def find_aliases(
     before each inode; OSError.
     """
     aliases = Aliases()
-    wanted = {entry.name for entry in upper.readdir(index) if not entry.name.startswith(b"#")}
+    wanted: set[bytes] = set()
+    for entry in entries(upper, index):
+        if entry is None:
+            yield
+        elif not entry.name.startswith(b"#"):
+            wanted.add(entry.name)
     missing: dict[bytes, int] = dict.fromkeys(wanted, -1)  # names still to be found; -1: unknown
     if not missing:
         return aliases
@@ -80,9 +86,9 @@ def find_aliases(
     return aliases
 
 
-def _names(view: LowerView, directory: Lower) -> Iterable[bytes]:
+def _names(view: LowerView, directory: Lower) -> Generator[None, None, Iterable[bytes]]:
     try:
-        return view.names(directory)
+        return (yield from view.names_by_steps(directory))
     except OSError as error:
         if error.errno not in _LEFT_OUT:
             raise
@@ -108,7 +114,7 @@ def _linked_files(
                 yield path, found
         while near or far:
             base, directory, beside = near.pop() if near else (*far.pop(), None)
-            for name in _names(view, directory):
+            for name in (yield from _names(view, directory)):
                 yield None
                 try:
                     lower = view.lookup(directory, name)

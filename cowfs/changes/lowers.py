@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
+from cowfs.changes.scan import pieces
 from cowfs.errors import MountFailure
 from cowfs.layers.base import LowerLayer
 from cowfs.overlay.stack import Merging, Path, Place, Stack
 from cowfs.types import Attr
+
+_Result = TypeVar("_Result")
 
 
 def must_not_wait(lowers: Iterable[LowerLayer]) -> None:
@@ -18,6 +22,15 @@ def must_not_wait(lowers: Iterable[LowerLayer]) -> None:
         raise MountFailure(
             "a lower is on a filesystem that may hang (NFS, FUSE)", "unmount, and name the store instead"
         )
+
+
+def at_once(steps: Generator[None, None, _Result]) -> _Result:
+    """Return what a generator returns, without any other work in between."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return cast(_Result, done.value)
 
 
 @dataclass(slots=True)
@@ -63,11 +76,17 @@ class LowerView:
 
     def names(self, directory: Lower) -> set[bytes]:
         """Return the names in a merged directory."""
+        return at_once(self.names_by_steps(directory))
+
+    def names_by_steps(self, directory: Lower) -> Generator[None, None, set[bytes]]:
+        """Return the same; yield now and then, when the caller may do other work."""
         merging = Merging(self._stack.format)
         names: set[bytes] = set()
         for number, key in directory.places:
             layer = self.layers[number]
-            names.update(entry.name for entry in layer.readdir(key) if merging.shows(layer, key, entry))
+            for some in pieces(layer, key):
+                names.update(entry.name for entry in some if merging.shows(layer, key, entry))
+                yield
         return names
 
     def forget(self, node: Lower) -> None:

@@ -13,7 +13,7 @@ from enum import IntEnum
 
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.paths import is_below
-from cowfs.changes.scan import GONE, readdir
+from cowfs.changes.scan import GONE, entries
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.overlay.index import came_from
 from cowfs.overlay.stack import is_whiteout, notes_of
@@ -89,7 +89,7 @@ class Survey:
         while len(self._held) > above and not alone:
             directory = self._held.pop()
             try:
-                if (yield from self._hides(*directory, self._names(*directory))):
+                if (yield from self._hides(*directory, (yield from self._names(*directory)))):
                     return Needs.RENAMES
             finally:
                 self._leave(*directory)
@@ -103,11 +103,16 @@ class Survey:
                 return True
         return False
 
-    def _names(self, key: Key, base: Lower | None) -> list[bytes]:
+    def _names(self, key: Key, base: Lower | None) -> Generator[None, None, list[bytes]]:
         """Return the names to look at in a directory: those of directories, if the lowers have nothing
         there."""
-        entries = readdir(self._upper, key)
-        return [each.name for each in entries if base is not None or each.type in {0, stat.S_IFDIR}]
+        names: list[bytes] = []
+        for each in entries(self._upper, key):
+            if each is None:
+                yield
+            elif base is not None or each.type in {0, stat.S_IFDIR}:
+                names.append(each.name)
+        return names
 
     def _look(self, key: Key, base: Lower | None, name: bytes) -> bool | None:
         """Return whether the upper surely hides nothing under a name in a directory; None if it has nothing

@@ -25,17 +25,25 @@ def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
         return []
 
 
-def entries(layer: LowerLayer, directory: Key) -> Iterator[DirEntry]:
-    """Yield the entries of a directory, reading some at a time if the layer can do that; none if it was
-    removed meanwhile. Blocks; other OSErrors.
+def pieces(layer: LowerLayer, directory: Key) -> Iterator[list[DirEntry]]:
+    """Yield the entries of a directory, some at a time if the layer can do that; other calls may come in
+    between. Blocks; OSError.
     """
     in_pieces = getattr(type(layer), "pieces", None)  # of the class: a proxy may be called elsewhere
     if in_pieces is None:
-        yield from readdir(layer, directory)
-        return
+        yield layer.readdir(directory)
+    else:
+        yield from in_pieces(layer, directory)
+
+
+def entries(layer: LowerLayer, directory: Key) -> Iterator[DirEntry | None]:
+    """Yield the same entries one by one, and None after some of them: a caller's turn. If the directory was
+    removed meanwhile, there are no more.
+    """
     with suppress(*GONE):
-        for some in in_pieces(layer, directory):
+        for some in pieces(layer, directory):
             yield from some
+            yield None
 
 
 def source_of(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
@@ -82,6 +90,9 @@ def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None
     while waiting:
         directory, path, base = waiting.pop()
         for entry in entries(layer, directory):
+            if entry is None:
+                yield
+                continue
             if entry.type not in {0, stat.S_IFREG, stat.S_IFDIR}:
                 continue
             yield

@@ -231,17 +231,20 @@ def entries(fd: int, flags: int = 0, most: int = sys.maxsize) -> list[DirEntry]:
 
     EUCLEAN if they take more than *most* bytes.
     """
+    return [*itertools.chain.from_iterable(pieces(fd, flags, most))]
+
+
+def pieces(fd: int, flags: int = 0, most: int = sys.maxsize) -> Iterator[list[DirEntry]]:
+    """Yield the same entries, some at a time. They may or may not contain names that change meanwhile."""
     here = open_directory(fd, flags)
     try:
         with os.scandir(here) as found:
-            all_of: list[DirEntry] = []
             while some := [
                 DirEntry(os.fsencode(entry.name), _entry_type(entry))
                 for entry in itertools.islice(found, _MANY)
             ]:
                 most = _left(most, [entry.name for entry in some])
-                all_of += some
-            return all_of
+                yield some
     finally:
         os.close(here)
 

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
 from typing import TypeVar
 
@@ -111,6 +111,14 @@ class DirectoryLayer(Descriptors):
         if isinstance(directory, CoveredKey):
             return []
         return beneath.entries(self._dir_fd(directory), self._unnoticed(), self._most_listed)
+
+    def pieces(self, directory: PathKey) -> Iterator[list[DirEntry]]:
+        """Yield the entries, some at a time; other calls may come in between.
+
+        They may or may not contain names that are added or removed meanwhile. ENOTDIR, EUCLEAN.
+        """
+        if not isinstance(directory, CoveredKey):
+            yield from beneath.pieces(self._dir_fd(directory), self._unnoticed(), self._most_listed)
 
     def names(self, directory: PathKey) -> list[bytes] | NamesJob:
         if isinstance(directory, CoveredKey):

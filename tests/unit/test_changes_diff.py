@@ -14,6 +14,7 @@ import pytest
 
 from cowfs.changes.diff import diff, steps
 from cowfs.changes.render import render
+from cowfs.layers import beneath
 from cowfs.layers.directory import DirectoryLayer, open_directory
 from cowfs.overlay.xattr_format import index_name, make_origin
 
@@ -301,6 +302,41 @@ def test_a_caller_gets_its_turn_between_inodes_and_within_large_files(tree: Any,
     turns = list(steps(top, top.root, [below], PREFIX))
     assert set(turns) == {None}
     assert len(turns) >= 5 + 20 + 20
+
+
+@pytest.mark.parametrize("within", [(), (b"dir",)])
+def test_a_caller_gets_its_turn_within_long_listings(
+    tree: Any, layers: Any, monkeypatch: pytest.MonkeyPatch, within: tuple[bytes, ...]
+) -> None:
+    """Those of the store, of a replaced directory, and of the lowers that are searched for hard links."""
+    upper, lower = tree("upper"), tree("lower")
+    many = [f"{number:03}" for number in range(100)]
+    for name in many:
+        upper.file(f"dir/{name}")
+        lower.file(f"dir/old {name}")
+    upper.directory("dir", opaque=b"y")
+    first = lower.file("linked/here")
+    os.link(first, lower.directory("linked") / "there")
+    above, below = layers(upper, lower)
+    hit = below.lookup(below.lookup(below.root, b"linked")[0], b"here")
+    index = upper.directory("index")
+    upper.file(f"index/{index_name(make_origin(below.handle(hit[0]))).decode()}", "changed")
+    read: list[int] = []
+    pieces = beneath.pieces
+
+    def seen(*arguments: Any) -> Iterator[list[Any]]:
+        for some in pieces(*arguments):
+            read.append(len(some))
+            yield some
+
+    monkeypatch.setattr(beneath, "_MANY", 10)
+    monkeypatch.setattr(beneath, "pieces", seen)
+    longest = 0
+    at = above.lookup(above.root, os.fsencode(index.name))[0]
+    for _ in steps(above, above.root, [below], PREFIX, at, within=within):
+        longest = max(longest, sum(read))
+        read.clear()
+    assert 0 < longest <= 10
 
 
 def test_a_second_name_in_the_place_of_another_file(tree: Any, found: Any) -> None:
