@@ -7,8 +7,9 @@ import sys
 
 from cowfs.cli import options
 from cowfs.cli.output import note
-from cowfs.client import ask, facts_of, mount_with_store
+from cowfs.client import ask, checked_answer, facts_of, mount_with_store
 from cowfs.errors import UsageError
+from cowfs.jsontext import whole
 from cowfs.linux.files import is_image, size_of
 
 NAME = "grow"
@@ -47,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Grow the store."""
     from cowfs.cli.verify import has_size
-    from cowfs.store.format.sizes import format_size
+    from cowfs.store.format.sizes import LARGEST, format_size
     from cowfs.store.format.sniff import split_subdir
     from cowfs.store.offline.grow import grow_store
 
@@ -62,15 +63,18 @@ def run(args: argparse.Namespace) -> int:
         image = split_subdir(args.store)[0]
         size = grow_store(image, _wanted(args.size, image, mounted=False), progress=tell)
     else:
-        size = 0
+        told: object = None
         image = args.store if is_image(args.store) else facts_of(mount.dev)["store"]["path"]
         wanted = _wanted(args.size, image, mounted=True)
         for reply in ask(mount.dev, NAME, timeout=None, size=wanted):
-            size = reply.get("size", size)
+            told = reply.get("size", told)
             if "said" in reply:
                 tell(str(reply["said"]))
         facts = facts_of(mount.dev)
-        if facts["store"]["kind"] == "image":
+        is_file = facts["store"]["kind"] == "image"
+        with checked_answer(args.store):
+            size = whole(told, LARGEST, 1 if is_file else wanted or 1)
+        if is_file:
             named = args.store if is_image(args.store) else facts["store"]["path"]
             has_size(named, facts, size)
     note(f"{args.store}: resized to {format_size(size)}")

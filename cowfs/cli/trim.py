@@ -39,17 +39,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Trim the store."""
-    from cowfs.client import ask, mount_with_store
-    from cowfs.store.format.sizes import format_size
+    from cowfs.client import ask, checked_answer, mount_with_store
+    from cowfs.jsontext import whole
+    from cowfs.store.format.sizes import LARGEST, format_size
     from cowfs.store.format.sniff import split_subdir
     from cowfs.store.offline.shrink import trim_store
 
     mount = mount_with_store(args.store)
-    freed = 0
     if mount is None:
         freed = trim_store(split_subdir(args.store)[0])
     else:
-        for reply in ask(mount.dev, NAME, timeout=None):
-            freed = int(reply.get("freed", freed))
+        told = [reply.get("freed") for reply in ask(mount.dev, NAME, timeout=None)]
+        with checked_answer(args.store):
+            freed = whole(told[-1] if told else None, LARGEST)
     say(f"{args.store}: {format_size(freed)} freed on the disk")
     return 0

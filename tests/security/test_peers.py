@@ -82,6 +82,19 @@ def test_words_are_data(lower: Path, nobody_path: Path, member: str) -> None:
     assert done.returncode == 32 and "sent an invalid reply" in done.stderr and not done.stdout, done
 
 
+@pytest.mark.parametrize("told", [{}, {"size": 0, "freed": -1}, {"size": "1", "freed": "1"}, {"size": -5}])
+def test_sizes_that_nobody_has_set(lower: Path, nobody_path: Path, told: dict[str, Any]) -> None:
+    with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
+        facts = lines(json.loads(cowfs("info", here.path, "--json", check=True).stdout))
+        with lying(here.path, NOBODY, {"info": facts, "*": lines(told)}):
+            commands: tuple[list[str | Path], ...] = (["grow", here.path, "100G"], ["trim", here.path])
+            for command in commands:
+                done = cowfs(*command)
+                assert done.returncode == 32 and "sent an invalid reply" in done.stderr, done
+                assert not done.stdout and "Traceback" not in done.stderr, done
+        assert cowfs("grow", here.path, "100G", check=True).stdout.endswith("resized to 100 GiB\n")
+
+
 def test_sizes_that_no_store_has(lower: Path, nobody_path: Path) -> None:
     with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
         facts = lines(json.loads(cowfs("info", here.path, "--json", check=True).stdout))
