@@ -92,6 +92,10 @@ class UnionOptions:
     """Whether files may be copied up without their data."""
     redirect_dir: bool = True
     """Whether directories of a lower can be renamed."""
+    has_xattrs: bool = True
+    """Whether files have extended attributes for users."""
+    counts_directories: bool = True
+    """Whether a directory's link count says how many directories are in it."""
 
 
 @dataclass(slots=True)
@@ -354,6 +358,8 @@ def _join(kind: type[Overlay], store: Store, lowers: Sequence[LowerLayer], wante
         has_exact_holes=store.kind == "image" or bool(store.layer.fill_unit),
         metacopy=wanted.metacopy and not store.is_aufs,
         redirect_dir=wanted.redirect_dir and not store.is_aufs,
+        has_xattrs=wanted.has_xattrs,
+        counts_directories=wanted.counts_directories,
         nobody=user_namespace.nobody() if _may_lack_owners(store) else None,
     )
     overlay = kind(

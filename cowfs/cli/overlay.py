@@ -31,6 +31,8 @@ _OURS = {
     "squash_to_gid": "show all files as this group's",
     "volatile": "do not wait until data is on disk: fsync(2) returns at once",
     "fsync": "0: the same as volatile",
+    "static_nlink": "show 1 as the link count of all directories",
+    "noxattrs": "1: do not support extended attributes",
     "noacl": "do not support POSIX ACLs",
     "metacopy": "on: changed attributes do not copy the data of large files (off)",
     "whiteouts": "format of whiteouts in the layers: oci (the default), aufs, overlayfs",
@@ -40,8 +42,8 @@ _OURS = {
 _PASSED = {"io_uring", "passthrough", "log", "debug", "fsname"}
 _QUIET = {
     "index", "xino", "userxattr", "nfs_export", "uuid", "context", "fscontext", "defcontext", "rootcontext",
-    "static_nlink", "clone_fd", "max_idle_threads", "max_threads", "threaded", "timeout", "auto_unmount",
-    "allow_root", "noxattrs", "ino32_t", "fast_ino", "plugins", "kernel_cache", "auto_cache", "max_write",
+    "clone_fd", "max_idle_threads", "max_threads", "threaded", "timeout", "auto_unmount",
+    "allow_root", "ino32_t", "fast_ino", "plugins", "kernel_cache", "auto_cache", "max_write",
 }  # fmt: skip
 """Options without an effect that a caller of fuse-overlayfs could miss."""
 _EPILOG = """\
@@ -73,6 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Mount merged directories, with the command line of fuse-overlayfs. cowfs-overlay is the same.",
         _EPILOG.format(options="\n".join(f"  {name:<18}{text}" for name, text in _OURS.items())),
     )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="ignored: mount(8) and fstab give one")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument("-o", metavar="OPTS", dest="options", action="append", default=[], help="see below")
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
@@ -128,14 +131,24 @@ def _for_mount(words: dict[str, str]) -> mount_options.Options:
         given.fuse |= {name for name in ("suid", "dev") if f"no{name}" not in given.fuse}
     if "upperdir" not in words:
         given.flags.add("ro")
+    if _is_on(words, "noxattrs", "0"):
+        given.flags.add("noacl")
     return given
+
+
+def _is_on(words: dict[str, str], name: str, default: str) -> bool:
+    """Return whether an option that takes a number is not 0. UsageError for anything else."""
+    value = words.get(name, default)
+    if not re.fullmatch(r"-?[0-9]+", value):
+        raise UsageError(f"{name}={value}: not a number", f"write {name}=0 or {name}=1")
+    return bool(value.strip("-0"))
 
 
 def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
     """Return what to merge. UsageError for options that exclude each other."""
     from cowfs.union import UnionOptions
 
-    lowers, data_only = mount_options.split_layers(words.get("lowerdir", ""))
+    lowers, data_only = mount_options.split_layers(_between_colons(words.get("lowerdir", "")))
     if not lowers:
         raise UsageError("no lowerdir given", "-o lowerdir=LOWER[:LOWER...] names the layers")
     upper, work = words.get("upperdir", ""), words.get("workdir", "")
@@ -164,10 +177,17 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
         data_only=data_only,
         whiteouts=(style,) * (len(lowers) - data_only),
         atime=given.atime,
-        durable="volatile" not in words and words.get("fsync", "1") != "0",
+        durable="volatile" not in words and _is_on(words, "fsync", "1"),
         metacopy=words.get("metacopy") == "on",
         redirect_dir=words.get("redirect_dir") == "on",
+        has_xattrs=not _is_on(words, "noxattrs", "0"),
+        counts_directories="static_nlink" not in words,
     )
+
+
+def _between_colons(lowers: str) -> str:
+    """Return the layers without colons before and after them, as fuse-overlayfs reads them."""
+    return re.sub(r"(?<!\\):+$", "", lowers.lstrip(":"))
 
 
 def _style(words: dict[str, str]) -> str:
@@ -231,7 +251,7 @@ def _number(words: dict[str, str], name: str, default: int | None) -> int | None
 
 def _ranges(words: dict[str, str], name: str) -> tuple[tuple[int, int, int], ...]:
     value = words.get(name)
-    if value is None:
+    if not value:
         return ()
     parts = value.split(":")
     if len(parts) % 3 or not all(_NUMBER.fullmatch(part) and int(part) <= _LAST + 1 for part in parts):

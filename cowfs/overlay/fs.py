@@ -60,6 +60,10 @@ class OverlayOptions:
     redirect_dir: bool = True
     """Whether a directory that is in a lower can be renamed. Else that is EXDEV, and the upper has nothing
     that only overlayfs understands."""
+    has_xattrs: bool = True
+    """Whether files have extended attributes for users. Else all calls for them are EOPNOTSUPP."""
+    counts_directories: bool = True
+    """Whether a directory's link count says how many directories are in it. Else it is 1."""
     first_ino: int = 0
     """What is added to all numbers of inodes: for a union that shares its :class:`NodeTable` with another."""
 

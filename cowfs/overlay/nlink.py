@@ -29,6 +29,8 @@ def nlink(fs: OverlayFs, node: Node, attr: Attr) -> int:
         if names > 1 and node.indexed is None and node.upper is not None:
             names -= names_away(fs, node.upper)
         return names
+    if not fs.options.counts_directories:
+        return _UNKNOWN
     if len(node.lowers) + (node.upper is not None) <= 1:
         return attr.st_nlink
     below = fs.below.get(node, ...)

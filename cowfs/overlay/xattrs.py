@@ -19,8 +19,15 @@ from cowfs.overlay.xattr_format import IMPURE
 _ACLS = b"system.posix_acl_"
 
 
+def _must_have(fs: OverlayFs, node: Node) -> None:
+    """EOPNOTSUPP where no file is to have attributes."""
+    if not fs.options.has_xattrs:
+        raise error(errno.EOPNOTSUPP, node.name)
+
+
 def getxattr(fs: OverlayFs, node: Node, name: bytes) -> bytes:
     """Return an attribute's value; ENODATA if there is none."""
+    _must_have(fs, node)
     layer, key = fs.topmost(node)
     try:
         return layer.getxattr(key, fs.format.stored(name))
@@ -33,6 +40,7 @@ def getxattr(fs: OverlayFs, node: Node, name: bytes) -> bytes:
 
 def listxattr(fs: OverlayFs, node: Node) -> list[bytes]:
     """Return the names of all attributes except the union's own."""
+    _must_have(fs, node)
     layer, key = fs.topmost(node)
     names = map(fs.format.shown, layer.listxattr(key))
     return [name for name in names if name is not None]
@@ -40,6 +48,7 @@ def listxattr(fs: OverlayFs, node: Node) -> list[bytes]:
 
 def setxattr(fs: OverlayFs, node: Node, name: bytes, value: bytes, flags: int = 0) -> None:
     """Set an attribute. *flags*: XATTR_CREATE, XATTR_REPLACE."""
+    _must_have(fs, node)
     protect.must_change(fs, node)
     copy_up_meta(fs, node)
     stored = fs.format.stored(name)
@@ -72,6 +81,7 @@ def _make_room(fs: OverlayFs, node: Node) -> bool:
 
 def removexattr(fs: OverlayFs, node: Node, name: bytes, *, appends: bool = False) -> None:
     """Remove an attribute; ENODATA, and no copy-up, if there is none. *appends*: only to append then."""
+    _must_have(fs, node)
     if appends:
         protect.must_write(fs, node, appends=True)
     else:

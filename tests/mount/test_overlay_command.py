@@ -93,6 +93,42 @@ def test_two_directories_and_maps(place: Path) -> None:
         assert refusal.returncode != 0 and "upperdir of another program" in refusal.stderr
 
 
+def test_link_counts_and_attributes_can_be_off(place: Path) -> None:
+    """And what fuse-overlayfs reads as nothing: colons at the ends, an empty map."""
+    os.setxattr(place / "low/a", "user.x", b"1")
+    (place / "low/d/sub").mkdir()
+    words = r"lowerdir=:low:,upperdir=UP,workdir=work/w\,k,uidmapping="
+    cowfs("-o", f"{words},static_nlink,noxattrs=1", "mnt", cwd=str(place), check=True)
+    try:
+        top = place / "mnt"
+        (top / "new").mkdir()
+        (top / "d/y").touch()
+        assert [(top / name).stat().st_nlink for name in (".", "d", "new", "a")] == [1, 1, 1, 1]
+        for call in (
+            lambda: os.getxattr(top / "a", "user.x"),
+            lambda: os.listxattr(top / "a"),
+            lambda: os.setxattr(top / "d", "user.y", b"1"),
+            lambda: os.removexattr(top / "a", "user.x"),
+        ):
+            with pytest.raises(OSError) as refused:
+                call()
+            assert refused.value.errno == errno.EOPNOTSUPP
+        assert run("setfacl", "-m", "u:5:r", top / "a", check=False).returncode != 0
+    finally:
+        cowfs("umount", place / "mnt", check=True)
+    assert os.listxattr(place / "deep/up/d") != ["user.y"]
+    with overlay(place, "noxattrs=0") as top:
+        assert os.getxattr(top / "a", "user.x") == b"1"
+        assert (top / "d").stat().st_nlink == 3
+
+
+def test_mount_and_fstab_give_a_source(place: Path) -> None:
+    """``mount -t fuse.cowfs-overlay none mnt`` runs it so, by mount.fuse3(8)."""
+    cowfs("overlay", "none", "mnt", "-o", "rw,lowerdir=low,dev,suid", cwd=str(place), check=True)
+    assert (place / "mnt/a").exists()
+    run("umount", place / "mnt")
+
+
 def test_without_an_upper_it_is_read_only(place: Path) -> None:
     quoted = 'context="system_u:object_r:container_file_t:s0:c1,c2"'
     with overlay(place, "ro", quoted, "nodev", "xino=off", upper=False) as top:
@@ -192,6 +228,9 @@ def test_volatile_waits_for_no_disk(place: Path) -> None:
         ("lowerdir=low,squash_to_uid=me", "squash_to_uid=me: not the number"),
         (f"lowerdir=low,squash_to_gid={'1' * 5000}", "1: not the number"),
         ("lowerdir=low,xattr_permissions=2", "xattr_permissions"),
+        ("lowerdir=low,fsync=no", "fsync=no: not a number"),
+        ("lowerdir=:", "no lowerdir given"),
+        ("lowerdir=low:::low", "an empty lower"),
     ],
 )
 def test_what_cannot_be(place: Path, options: str, what: str) -> None:
