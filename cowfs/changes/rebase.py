@@ -378,8 +378,11 @@ class Rebase:
         if inside.replaces and old_dir is not None and new_dir is not None and self._equal(old_dir, new_dir):
             inside.shows, opaque = False, here.shows
         opaque = opaque or (taken is not None and taken.is_dir and here.shows)
-        if new is not None and not new.is_dir and old_dir is None and not here.whole:
-            if old is None or not self._equal(old, new):
+        if new_dir is None and not droppable and not here.whole:
+            if new is None:
+                if old_dir is not None and (here.shows or here.new is None):
+                    self._conflict(path, natural, "changed in the store, gone in the new root")
+            elif old is None or not self._equal(old, new):
                 self._conflict(path, natural, "a directory in the store, and none in the new root")
         inside.target = self._maker.directory(here.target, name, like, opaque=opaque)
         here.made += 1
