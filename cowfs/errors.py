@@ -18,6 +18,8 @@ with an errno: that is what a filesystem answers with.
 
 from __future__ import annotations
 
+import os
+
 EXIT_USAGE = 1
 EXIT_SYSTEM = 2
 EXIT_INTERNAL = 4
@@ -42,6 +44,11 @@ def _shown(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8 (os.fsdecode)
         return f"\\x{ord(character) - 0xDC00:02x}"
     return _SHORT.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def os_error(code: int, *names: object) -> OSError:
+    """Return an OSError with this errno, and the text for it."""
+    return OSError(code, os.strerror(code), *names)
 
 
 class NoRoom(OSError):

@@ -7,7 +7,6 @@ describe how all the layers together change the layers below.
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import NamedTuple, cast
 
 from cowfs.changes.compare import Inode
 from cowfs.changes.scan import GONE, pieces
+from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, LowerLayer, NamesJob, UpperLayer
 from cowfs.overlay.index import Index, open_index
 from cowfs.overlay.stack import Found, Hit, Place, Stack, is_whiteout, notes_of
@@ -165,7 +165,7 @@ class Composite:
         if name in key.notes:
             return key.notes[name]
         if name in self._own:
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            raise os_error(errno.ENODATA)
         layer, below = self._top(key)
         return layer.getxattr(below, name)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from dataclasses import dataclass, replace
 
 from cowfs.changes.compare import Inode, shown_xattrs
+from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, LowerLayer, NamesJob
 from cowfs.overlay.xattr_format import METACOPY, OPAQUE, XattrFormat
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, own_attr
@@ -115,12 +115,12 @@ class ImaginedUpper:
     def getxattr(self, key: Key, name: bytes) -> bytes:
         if key.xattrs is not None:
             if name not in key.xattrs:
-                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+                raise os_error(errno.ENODATA)
             value: bytes = key.xattrs[name]
             return value
         layer, real = self._place(key)
         if key.names is not None and self._format.is_own(name):
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            raise os_error(errno.ENODATA)
         return layer.getxattr(real, name)
 
     def open(self, key: Key, flags: int) -> File:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 
 from cowfs.changes.merged import Merged
 from cowfs.changes.version import Tree
-from cowfs.errors import UsageError
+from cowfs.errors import UsageError, os_error
 from cowfs.exports.apply import Apply
 from cowfs.exports.apply_root import Root
 from cowfs.exports.entries import Entry, Tick, Withheld, feed
@@ -183,5 +183,5 @@ def _read(directory: int, name: bytes) -> bytes:
             raise OSError(errno.EINVAL, "not a file", name)
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), name)
+        raise os_error(errno.EFBIG, name)
     return text

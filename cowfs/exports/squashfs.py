@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from cowfs.errors import SystemFailure
+from cowfs.errors import SystemFailure, os_error
 from cowfs.exports.entries import Entry, Tick
 from cowfs.exports.losses import Losses
 from cowfs.exports.tar import Tar
@@ -95,7 +95,7 @@ def _failure(process: subprocess.Popen[bytes], said: int, fd: int) -> Exception:
     process.wait()
     room = os.fstatvfs(fd)
     if room.f_bavail * room.f_frsize < _FULL:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os_error(errno.ENOSPC)
     size = os.fstat(said).st_size
     lines = os.pread(said, 4096, max(size - 4096, 0)).decode(errors="replace").strip().splitlines()
     return SystemFailure(f"tar2sqfs failed: {lines[-1] if lines else f'exit code {process.returncode}'}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 import calendar
 import errno
 import hashlib
-import os
 import stat
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cowfs.errors import LayerError
+from cowfs.errors import LayerError, os_error
 from cowfs.formats.archive import MOST_MEMBERS, NAMES, Inode, Tree
 from cowfs.formats.squashfs.source import Bytes
 from cowfs.formats.zip_data import DEFLATED, STORED, Member, Unpacker
@@ -239,7 +238,7 @@ class Archive(Tree):
         """Return the target of a symbolic link. EIO."""
         target = self.pread(inode, inode.size, 0)
         if b"\0" in target:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise os_error(errno.EIO)
         return target
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import struct
 import threading
 import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from cowfs.errors import os_error
 from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.source import Bytes
 from cowfs.url.waiting import WouldWait, must_not_wait
@@ -162,7 +162,7 @@ class Unpacker:
         if member.header not in self._reported and len(self._reported) < _REPORTS:
             self._reported.add(member.header)
             log.error("%s: damaged zip archive: member at %#x: %s", self._name, member.header, what)
-        return OSError(errno.EIO, os.strerror(errno.EIO))
+        return os_error(errno.EIO)
 
     # --- stored
 

@@ -8,9 +8,9 @@ no number to configure, a single user is hardly limited, and something is left f
 from __future__ import annotations
 
 import errno
-import os
 from typing import NamedTuple
 
+from cowfs.errors import os_error
 from cowfs.linux import limits
 
 _A_FILE = 1 << 10
@@ -71,7 +71,7 @@ class Quota:
     def must_have(self, uid: int) -> None:
         """Raise EMFILE if a user may not have one more."""
         if not self.may_have(uid):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise os_error(errno.EMFILE)
 
     def claim(self, uid: int) -> None:
         """Count one more as a user's, or raise EMFILE."""

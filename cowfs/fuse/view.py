@@ -27,6 +27,7 @@ from contextlib import suppress
 
 import trio
 
+from cowfs.errors import os_error
 from cowfs.fuse import protocol
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.protocol import Opcode, Request
@@ -186,7 +187,7 @@ class View:
     def _init(self, request: Request) -> bytes:
         major, minor, readahead, flags = protocol.INIT_IN.unpack_from(request.body)
         if major < protocol.MAJOR:
-            raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+            raise os_error(errno.EPROTO)
         # To a later major version, answer only with this one; the kernel then asks again.
         minor = min(minor, protocol.MINOR) if major == protocol.MAJOR else protocol.MINOR
         readahead = min(readahead, _MOST)
@@ -199,21 +200,21 @@ class View:
     def _identity(self, key: Key) -> FileHandle:
         handle = self._layer.handle(key)
         if handle is None:
-            raise _error(errno.EOPNOTSUPP)
+            raise os_error(errno.EOPNOTSUPP)
         return handle
 
     def _node(self, request: Request) -> _Node:
         """Return the node of a request. ESTALE if it is another inode now."""
         node = self._nodes.get(request.nodeid)
         if node is None or self._layer.handle(node.key) != node.identity:
-            raise _error(errno.ESTALE)
+            raise os_error(errno.ESTALE)
         return node
 
     def _lookup(self, request: Request) -> bytes:
         directory = self._node(request)
         found = self._layer.lookup(directory.key, _name(request.body))
         if found is None:
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         key, attr = found
         identity = self._identity(key)
         number = self._numbers.get(identity)
@@ -275,7 +276,7 @@ class View:
     def _open(self, request: Request) -> bytes:
         flags, _ = protocol.OPEN_IN.unpack_from(request.body)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
-            raise _error(errno.EROFS)
+            raise os_error(errno.EROFS)
         number = next(self._fresh)
         self._files[number] = self._layer.open(self._node(request).key, os.O_RDONLY)
         # The page cache would be right only if the union reported each change.
@@ -285,9 +286,9 @@ class View:
         number, offset, size = protocol.READ_IN.unpack_from(request.body)
         file = self._files.get(number)
         if file is None:
-            raise _error(errno.EBADF)
+            raise os_error(errno.EBADF)
         if offset >= 1 << 63:
-            raise _error(errno.EINVAL)
+            raise os_error(errno.EINVAL)
         size = min(size, _MOST)
         data = file.try_pread(size, offset)
         if data is None:
@@ -305,7 +306,7 @@ class View:
 
     def _opendir(self, request: Request) -> bytes:
         if not stat.S_ISDIR(self._layer.stat(self._node(request).key).st_mode):
-            raise _error(errno.ENOTDIR)
+            raise os_error(errno.ENOTDIR)
         number = next(self._fresh)
         self._listings[number] = []
         return protocol.OPEN_OUT.pack(number, 0)
@@ -314,7 +315,7 @@ class View:
         number, offset, size = protocol.READ_IN.unpack_from(request.body)
         names = self._listings.get(number)
         if names is None:
-            raise _error(errno.EBADF)
+            raise os_error(errno.EBADF)
         node = self._node(request)
         if offset == 0:
             listed = self._layer.names(node.key)
@@ -371,7 +372,7 @@ def open_view(layer: LowerLayer, place: str) -> View:
 def _name(body: bytes) -> bytes:
     name, end, _ = body.partition(b"\0")
     if not name or not end:
-        raise _error(errno.EINVAL)
+        raise os_error(errno.EINVAL)
     return name
 
 
@@ -380,9 +381,5 @@ def _xattr_reply(value: bytes, size: int) -> bytes:
     if size == 0:
         return protocol.GETXATTR_OUT.pack(len(value))
     if len(value) > size:
-        raise _error(errno.ERANGE)
+        raise os_error(errno.ERANGE)
     return value
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))

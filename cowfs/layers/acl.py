@@ -6,9 +6,10 @@ The rules are those of fs/posix_acl.c, the layout of an xattr's value that of li
 from __future__ import annotations
 
 import errno
-import os
 import struct
 from collections.abc import Callable, Iterator
+
+from cowfs.errors import os_error
 
 DEFAULT = b"system.posix_acl_default"
 ACCESS = b"system.posix_acl_access"
@@ -39,18 +40,18 @@ def parse(value: bytes) -> list[Entry]:
     if not value:
         return []
     if len(value) < _VERSION.size or (len(value) - _VERSION.size) % _ENTRY.size:
-        raise _error(errno.EINVAL)
+        raise os_error(errno.EINVAL)
     if _VERSION.unpack_from(value)[0] != _VERSION_2:
-        raise _error(errno.EOPNOTSUPP)
+        raise os_error(errno.EOPNOTSUPP)
     entries = list(_ENTRY.iter_unpack(value[_VERSION.size :]))
     before = 0
     for tag, perm, _ in entries:
         if tag not in _FOLLOWS[before] or perm & ~7:
-            raise _error(errno.EINVAL)
+            raise os_error(errno.EINVAL)
         before = tag
     tags = {tag for tag, _, _ in entries}
     if entries and (before != _OTHER or (tags & {_USER, _GROUP} and _MASK not in tags)):
-        raise _error(errno.EINVAL)
+        raise os_error(errno.EINVAL)
     return entries
 
 
@@ -145,7 +146,3 @@ def _allowed(entries: list[Entry], mode: int) -> dict[int, int]:
     """Return the permissions that a mode gives to each tag that it concerns."""
     group = _MASK if any(tag == _MASK for tag, _, _ in entries) else _GROUP_OBJ
     return {_USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, _OTHER: mode & 7}
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))

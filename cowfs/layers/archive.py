@@ -8,7 +8,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 
-from cowfs.errors import LayerError
+from cowfs.errors import LayerError, os_error
 from cowfs.formats.archive import Inode, Tree
 from cowfs.formats.squashfs.source import Bytes, open_bytes
 from cowfs.layers.base import File
@@ -41,10 +41,10 @@ class ArchiveFile:
         return self._archive.try_pread(self._inode, size, offset)
 
     def pwrite(self, data: bytes, offset: int) -> int:
-        raise _error(errno.EBADF)
+        raise os_error(errno.EBADF)
 
     def truncate(self, size: int) -> None:
-        raise _error(errno.EBADF)
+        raise os_error(errno.EBADF)
 
     def fsync(self, datasync: bool) -> None:
         """Do nothing: the archive is read-only."""
@@ -104,7 +104,7 @@ class ArchiveLayer:
     def lookup(self, directory: Inode, name: bytes) -> tuple[Inode, Attr] | None:
         """Find *name*; None if it does not exist. ENOTDIR, ENAMETOOLONG."""
         if len(name) > 255:
-            raise _error(errno.ENAMETOOLONG)
+            raise os_error(errno.ENAMETOOLONG)
         found = _entries(directory).get(name)
         return None if found is None else (found, self.stat(found))
 
@@ -135,7 +135,7 @@ class ArchiveLayer:
 
     def readlink(self, key: Inode) -> bytes:
         if not stat.S_ISLNK(key.mode):
-            raise _error(errno.EINVAL)
+            raise os_error(errno.EINVAL)
         return self._archive.target(key)
 
     def listxattr(self, key: Inode) -> list[bytes]:
@@ -146,14 +146,14 @@ class ArchiveLayer:
         try:
             return key.xattrs[name]
         except KeyError:
-            raise _error(errno.ENODATA) from None
+            raise os_error(errno.ENODATA) from None
 
     def open(self, key: Inode, flags: int) -> ArchiveFile:
         """Open a regular file for reading. EROFS for any other access; EISDIR, EINVAL for any other type."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise _error(errno.EROFS)
+            raise os_error(errno.EROFS)
         if not stat.S_ISREG(key.mode):
-            raise _error(errno.EISDIR if stat.S_ISDIR(key.mode) else errno.EINVAL)
+            raise os_error(errno.EISDIR if stat.S_ISDIR(key.mode) else errno.EINVAL)
         return ArchiveFile(self._archive, key, self.stat(key))
 
     def statfs(self) -> FsStats:
@@ -192,9 +192,5 @@ class ArchiveLayer:
 
 def _entries(directory: Inode) -> dict[bytes, Inode]:
     if not stat.S_ISDIR(directory.mode):
-        raise _error(errno.ENOTDIR)
+        raise os_error(errno.ENOTDIR)
     return directory.children
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))

@@ -27,6 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from cowfs.errors import os_error
 from cowfs.linux import files, filesystems, limits, mounts, override
 from cowfs.types import Attr, AttrData, DirEntry
 
@@ -171,7 +172,7 @@ def marker(magic: int, dev: int) -> Mark:
 
 def stale(name: bytes) -> OSError:
     """Return ESTALE for a name that now has another inode, so that the kernel looks it up again."""
-    return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+    return os_error(errno.ESTALE, name)
 
 
 def open_given(path: str, flags: int = os.O_PATH | os.O_DIRECTORY) -> int:
@@ -254,7 +255,7 @@ def _left(most: int, some: list[bytes]) -> int:
     most -= sum(map(len, some)) + len(some) * _A_NAME
     if most < 0:
         log.warning("a directory of a lower has more names than the memory has room for")
-        raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+        raise os_error(errno.EUCLEAN)
     return most
 
 
@@ -371,7 +372,7 @@ def make_directory(dir_fd: int, name: bytes, mode: int) -> None:
 
 def make_symlink(dir_fd: int, name: bytes, target: bytes) -> None:
     if b"\0" in target:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), name)
+        raise os_error(errno.EINVAL, name)
     os.symlink(target, name, dir_fd=dir_fd)
 
 
@@ -473,7 +474,7 @@ def covered(directory: int, name: bytes) -> Attr:
                     break
     finally:
         os.close(here)
-    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
+    raise os_error(errno.EXDEV, name)
 
 
 def _like(above: os.stat_result, ino: int) -> Attr:

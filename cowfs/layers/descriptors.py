@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from cowfs.errors import os_error
 from cowfs.layers import beneath
 from cowfs.layers.base import at_once
 from cowfs.layers.beneath import DIRECTORY, PLAIN, REGULAR, check_name, enclosed, stale
@@ -109,7 +110,7 @@ class Descriptors:
         """
         if key.parent is None or isinstance(key, CoveredKey):
             code = errno.ESTALE if key.parent is None else errno.EXDEV
-            raise OSError(code, os.strerror(code), key.name)
+            raise os_error(code, key.name)
         return self._dir_fd(key.parent)
 
     def _close_oldest(self) -> None:

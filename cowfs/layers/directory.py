@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
 from typing import TypeVar
 
+from cowfs.errors import os_error
 from cowfs.layers import beneath
 from cowfs.layers.acl import ACCESS
 from cowfs.layers.base import NamesJob
@@ -133,7 +134,7 @@ class DirectoryLayer(Descriptors):
         if key.mark & 15 == LINK:
             return self._by_fd(key, beneath.readlink)
         if self._notes is None or not stat.S_ISLNK(self.stat(key).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), key.name)
+            raise os_error(errno.EINVAL, key.name)
         with closing(self.open(key, os.O_RDONLY)) as stand_in:
             return stand_in.pread(_PATH_MAX, 0)
 
@@ -142,7 +143,7 @@ class DirectoryLayer(Descriptors):
 
     def getxattr(self, key: PathKey, name: bytes) -> bytes:
         if isinstance(key, CoveredKey):
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), name)
+            raise os_error(errno.ENODATA, name)
         value = self._by_fd(key, beneath.getxattr, name)
         return value if name != ACCESS or self._notes is None else self._notes.shown_acl(key, value)
 
@@ -162,7 +163,7 @@ class DirectoryLayer(Descriptors):
         """Open a regular file, and never a fifo or a device."""
         if key.mark & 15 == DIRECTORY:
             self.stat(key)  # or ESTALE
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), key.name)
+            raise os_error(errno.EISDIR, key.name)
         if key.mark & 15 != REGULAR:
             raise stale(key.name)
         return self._by_fd(key, beneath.reopen, flags)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
-from cowfs.errors import NotYetFree
+from cowfs.errors import NotYetFree, os_error
 from cowfs.formats.ext3 import image as ext3
 from cowfs.formats.ext3.directory import INO, AnyNames, LargeNames, type_of
 from cowfs.formats.ext3.image import Image
@@ -90,7 +90,7 @@ class Ext3Layer:
         value = names.get(name)
         if value is None:
             if len(name) > _NAME_MAX:
-                raise _error(errno.ENAMETOOLONG)
+                raise os_error(errno.ENAMETOOLONG)
             return None
         key = Key(value & INO)
         fields = self.image.child(directory, key)
@@ -148,7 +148,7 @@ class Ext3Layer:
         """Open a regular file. EISDIR; ELOOP for a symlink, as with O_NOFOLLOW; ENXIO for the rest."""
         self._must_be_regular(key)
         if flags & os.O_ACCMODE != os.O_RDONLY and self.image.read_only:
-            raise _error(errno.EROFS)
+            raise os_error(errno.EROFS)
         if flags & os.O_TRUNC:
             self.truncate(key, 0)
         return self._open(key, flags)
@@ -160,7 +160,7 @@ class Ext3Layer:
     def _must_be_regular(self, key: int) -> None:
         kind = stat.S_IFMT(self.image.raw(key)[0])
         if kind != stat.S_IFREG:
-            raise _error({stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO))
+            raise os_error({stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO))
 
     def statfs(self) -> FsStats:
         """Return the figures like the kernel's ext3, but count the blocks of removed files as free at once.
@@ -268,13 +268,13 @@ class Ext3Layer:
 
     def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Key:
         if not target:
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         return self._make(directory, name, stat.S_IFLNK | 0o777, uid, gid, target=target)
 
     def mknod(self, directory: int, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key:
         kind = stat.S_IFMT(mode) or stat.S_IFREG
         if kind in {stat.S_IFDIR, stat.S_IFLNK}:
-            raise _error(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
+            raise os_error(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
         if kind not in {stat.S_IFCHR, stat.S_IFBLK}:
             rdev = 0
         return self._make(directory, name, kind | mode & 0o7777, uid, gid, rdev=rdev)
@@ -310,15 +310,15 @@ class Ext3Layer:
         """Return the names of a directory to which *name* may be added."""
         names = self.image.names(directory)
         if name in names:
-            raise _error(errno.EEXIST)
+            raise os_error(errno.EEXIST)
         self._must_take(directory, name)
         return names
 
     def _must_take(self, directory: int, name: bytes) -> None:
         if len(name) > _NAME_MAX:
-            raise _error(errno.ENAMETOOLONG)
+            raise os_error(errno.ENAMETOOLONG)
         if self._in_use.is_nameless(directory):
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
 
     def _what_is_inherited(self, directory: int, names: AnyNames) -> _Inherit:
         inode = self.image.getattr(directory)
@@ -341,15 +341,15 @@ class Ext3Layer:
         self._names_for(directory, name)
         mode = self.image.getattr(key).mode
         if stat.S_ISDIR(mode):
-            raise _error(errno.EPERM)
+            raise os_error(errno.EPERM)
         if self._in_use.is_nameless(key):
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         self.image.link(key, mode, directory, name)
 
     def unlink(self, directory: int, name: bytes, key: int | None) -> None:
         ino, kind = self._find(directory, name)
         if kind == stat.S_IFDIR:
-            raise _error(errno.EISDIR)
+            raise os_error(errno.EISDIR)
         with self._in_use.lock:
             if self.image.unlink(directory, name, keep=self._in_use.has(ino, key)):
                 self._in_use.lost_its_name(ino, key)
@@ -357,7 +357,7 @@ class Ext3Layer:
     def rmdir(self, directory: int, name: bytes, key: int | None) -> None:
         ino, kind = self._find(directory, name)
         if kind != stat.S_IFDIR:
-            raise _error(errno.ENOTDIR)
+            raise os_error(errno.ENOTDIR)
         with self._in_use.lock:
             if self.image.rmdir(directory, name, keep=self._in_use.has(ino, key)):
                 self._in_use.lost_its_name(ino, key)
@@ -366,7 +366,7 @@ class Ext3Layer:
         """Return the inode number and type of a name. ENOENT."""
         value = self.image.names(directory).get(name)
         if value is None:
-            raise _error(errno.ENOENT if len(name) <= _NAME_MAX else errno.ENAMETOOLONG)
+            raise os_error(errno.ENOENT if len(name) <= _NAME_MAX else errno.ENAMETOOLONG)
         return self._ino_and_type(value)
 
     def _ino_and_type(self, value: int) -> tuple[int, int]:
@@ -383,13 +383,13 @@ class Ext3Layer:
     ) -> None:
         exchange = bool(flags & RENAME_EXCHANGE)
         if flags & ~_RENAME_FLAGS or (exchange and flags != RENAME_EXCHANGE):
-            raise _error(errno.EINVAL)
+            raise os_error(errno.EINVAL)
         ino, kind = self._find(*source)
         value = self.image.names(target[0]).get(target[1])
         if value is not None and flags & RENAME_NOREPLACE:
-            raise _error(errno.EEXIST)
+            raise os_error(errno.EEXIST)
         if value is None and exchange:
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         self._must_take(*target)
         there, there_kind = (0, 0) if value is None else self._ino_and_type(value)
         if there == ino:
@@ -399,7 +399,7 @@ class Ext3Layer:
         if exchange and there_kind == stat.S_IFDIR:
             self._must_not_be_above(there, target[0], source[0])
         if there and not exchange and (kind == stat.S_IFDIR) != (there_kind == stat.S_IFDIR):
-            raise _error(errno.ENOTDIR if kind == stat.S_IFDIR else errno.EISDIR)
+            raise os_error(errno.ENOTDIR if kind == stat.S_IFDIR else errno.EISDIR)
         whiteout = (0, 0) if flags & RENAME_WHITEOUT else None
         with self._in_use.lock:
             keep = bool(there) and not exchange and self._in_use.has(there, replaced)
@@ -409,7 +409,7 @@ class Ext3Layer:
     def _must_not_be_above(self, ino: int, parent: int, directory: int) -> None:
         """EINVAL if the directory *ino*, which is in *parent*, would be moved below itself."""
         if directory != parent and self.image.is_above(ino, directory):
-            raise _error(errno.EINVAL)
+            raise os_error(errno.EINVAL)
 
     # --- attributes
 
@@ -418,7 +418,7 @@ class Ext3Layer:
             return
         before = self.image.raw(key)[0]
         if stat.S_ISLNK(before):
-            raise _error(errno.EOPNOTSUPP)
+            raise os_error(errno.EOPNOTSUPP)
         access = self._acl(key, acl.ACCESS)
         if access:
             with self.image.together():
@@ -478,7 +478,7 @@ class Ext3Layer:
             return
         self._check_xattr(key, name)
         if len(value) > _XATTR_SIZE_MAX:
-            raise _error(errno.E2BIG)
+            raise os_error(errno.E2BIG)
         self._setxattr(key, name, value, flags)
         self._capabilities.noted(name)
 
@@ -498,17 +498,17 @@ class Ext3Layer:
 
     def _check_xattr(self, key: int, name: bytes) -> None:
         if name.startswith(b"user.") and not _may_have_user(self.image.getattr(key).mode):
-            raise _error(errno.EPERM)
+            raise os_error(errno.EPERM)
 
     def _set_acl(self, key: int, name: bytes, entries: list[acl.Entry]) -> None:
         """Set an ACL, or remove it if there are no entries. The access ACL also sets the mode."""
         mode = self.image.getattr(key).mode
         if stat.S_ISLNK(mode):
-            raise _error(errno.EOPNOTSUPP)
+            raise os_error(errno.EOPNOTSUPP)
         if name == acl.DEFAULT:
             if not stat.S_ISDIR(mode):
                 if entries:
-                    raise _error(errno.EACCES)
+                    raise os_error(errno.EACCES)
                 return
             self._inherits_anew(key)
         bits, is_all = acl.mode_of(entries) if entries and name == acl.ACCESS else (mode & 0o777, False)
@@ -545,7 +545,7 @@ class Ext3Layer:
 
     def open_directory(self, key: int) -> Ext3File:
         if not stat.S_ISDIR(self.image.getattr(key).mode):
-            raise _error(errno.ENOTDIR)
+            raise os_error(errno.ENOTDIR)
         return self._open(key, os.O_RDONLY)
 
     def sync(self) -> None:
@@ -590,7 +590,3 @@ _FLAGS_SHOWN = 0x725BDFFF
 
 def _may_have_user(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.formats.ext3.image import Image
 from cowfs.layers.base import File
 from cowfs.linux import files
@@ -183,15 +184,15 @@ class Ext3File:
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """Punch a hole. EFBIG. EOPNOTSUPP for other modes: ext3 has no unwritten blocks."""
         if offset + length > self._image.size_max():
-            raise _error(errno.EFBIG)
+            raise os_error(errno.EFBIG)
         if mode != files.PUNCH_HOLE:
-            raise _error(errno.EOPNOTSUPP)
+            raise os_error(errno.EOPNOTSUPP)
         self._changes()
         self._image.punch(self._ino, offset, length)
 
     def _changes(self) -> None:
         if self._flags & os.O_ACCMODE == os.O_RDONLY:
-            raise _error(errno.EBADF)
+            raise os_error(errno.EBADF)
         if self._seen != self._capabilities.count:
             self._seen = self._capabilities.count
             self._capabilities.drop(self._ino)
@@ -217,14 +218,10 @@ class Ext3File:
             while start < stop:
                 data = self.pread(min(_CHUNK, stop - start), start)
                 if not data:
-                    raise _error(errno.EIO)
+                    raise os_error(errno.EIO)
                 start += target.pwrite(data, start)
 
     def close(self) -> None:
         ino, self._ino = self._ino, 0
         if ino:
             self._in_use.closed(ino)
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from cowfs.errors import os_error
 from cowfs.layers import acl
 from cowfs.layers.base import Key
 from cowfs.linux import files
@@ -309,7 +310,7 @@ class OwnerNotes:
         if place is None:
             return  # its last name is removed, so nobody sees it
         if real.st_nlink > 1:
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM), place[1])
+            raise os_error(errno.EPERM, place[1])
         content = self._layer.readlink(key) if stat.S_ISLNK(real.st_mode) else b""
         self._layer.become(key, self._install_stand_in(note, place, 0, content, real))
 

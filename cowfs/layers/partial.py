@@ -8,13 +8,12 @@ files have holes only where nothing was ever written.
 from __future__ import annotations
 
 import errno
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Protocol, cast
 
-from cowfs.errors import NoRoom
+from cowfs.errors import NoRoom, os_error
 from cowfs.layers.base import Allocatable, File
 from cowfs.types import Attr
 
@@ -122,7 +121,7 @@ class PartialFile:
         """Write. First copy up, unchanged, the blocks that it changes in part, so that a crash does no
         harm."""
         if self._part.is_wrong and offset + len(data) > self._part.end:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise os_error(errno.EIO)
         for block in self._edges(len(data), offset):
             if self._is_missing(block):
                 self._copy(block, block + self._part.unit)
@@ -178,13 +177,13 @@ class PartialFile:
     def truncate(self, size: int) -> None:
         """Set the size. EIO unless the file is complete: the caller copies the remaining data first."""
         if not self._part.is_whole:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise os_error(errno.EIO)
         self._target.truncate(size)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """Allocate space. EIO unless the file is complete: a hole would show the lower."""
         if not self._part.is_whole:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise os_error(errno.EIO)
         cast(Allocatable, self._target).fallocate(mode, offset, length)
 
     def fsync(self, datasync: bool) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar, cast
 
+from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.types import Attr, DirEntry, FileHandle, FsStats
 from cowfs.url.waiting import WouldWait, at_once
@@ -374,10 +374,10 @@ class SlowFile:
             self._content = None
 
     def pwrite(self, data: bytes, offset: int) -> int:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        raise os_error(errno.EBADF)
 
     def truncate(self, size: int) -> None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        raise os_error(errno.EBADF)
 
     def fsync(self, datasync: bool) -> None:
         """Do nothing: the file is read-only."""
@@ -408,7 +408,7 @@ class SlowFile:
         """Make *call*, unless this file is closed or closing. A close during the call waits for it."""
         with self._writing:
             if self._closed:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                raise os_error(errno.EBADF)
             return call(*arguments)
 
     def close(self) -> None:

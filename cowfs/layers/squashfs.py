@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
+from cowfs.errors import os_error
 from cowfs.formats.squashfs.copy import copy
 from cowfs.formats.squashfs.data import FileData
 from cowfs.formats.squashfs.directory import type_of
@@ -60,10 +61,10 @@ class SquashfsFile:
         return self._data.try_pread(size, offset)
 
     def pwrite(self, data: bytes, offset: int) -> int:
-        raise _error(errno.EBADF)
+        raise os_error(errno.EBADF)
 
     def truncate(self, size: int) -> None:
-        raise _error(errno.EBADF)
+        raise os_error(errno.EBADF)
 
     def fsync(self, datasync: bool) -> None:
         """Do nothing: the image is read-only."""
@@ -187,7 +188,7 @@ class SquashfsLayer:
     def lookup(self, directory: int, name: bytes) -> tuple[int, Attr] | None:
         """Find *name*; None if it does not exist. ENOTDIR, ENAMETOOLONG; EIO if damaged or not a tree."""
         if len(name) >= _NAME_MAX:
-            raise _error(errno.ENAMETOOLONG)
+            raise os_error(errno.ENAMETOOLONG)
         inode = self._image.lookup(directory, name)
         return None if inode is None else (inode.ref, self._attr(inode))
 
@@ -239,7 +240,7 @@ class SquashfsLayer:
     def open(self, key: int, flags: int) -> SquashfsFile:
         """Open a regular file for reading. EROFS for any other access; EISDIR, EINVAL for any other type."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise _error(errno.EROFS)
+            raise os_error(errno.EROFS)
         data = self._image.data(key)
         return SquashfsFile(data, self._attr(data.inode))
 
@@ -323,7 +324,3 @@ def _write(fd: int, parts: list[bytes], offset: int) -> None:
 
 
 _VECTORS = min(os.sysconf("SC_IOV_MAX"), 1024)
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from cowfs.errors import SystemFailure
+from cowfs.errors import SystemFailure, os_error
 from cowfs.linux import filesystems
 from cowfs.types import FileHandle
 
@@ -63,8 +63,7 @@ def absolute(path: str) -> str:
 
 
 def _raise() -> None:
-    code = ctypes.get_errno()
-    raise OSError(code, os.strerror(code))
+    raise os_error(ctypes.get_errno())
 
 
 def renameat2(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: int) -> None:
@@ -129,8 +128,7 @@ def open_beneath(dir_fd: int, name: bytes, flags: int) -> int:
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, _RESOLVE)
     fd = _libc.syscall(_SYS_OPENAT2, dir_fd, name, how, _OPEN_HOW.size)
     if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), name)
+        raise os_error(ctypes.get_errno(), name)
     return int(fd)
 
 
@@ -229,7 +227,7 @@ def file_handle(dir_fd: int, name: bytes) -> tuple[int, bytes] | None:
         code = ctypes.get_errno()
         if code in {errno.EOPNOTSUPP, errno.ENOSYS, errno.EOVERFLOW, errno.EPERM}:
             return None
-        raise OSError(code, os.strerror(code), name)
+        raise os_error(code, name)
     size, kind = _HANDLE_HEAD.unpack_from(buffer, 0)
     return kind, buffer.raw[_HANDLE_HEAD.size : _HANDLE_HEAD.size + size]
 

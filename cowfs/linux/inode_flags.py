@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import os
 import struct
 import sys
+
+from cowfs.errors import os_error
 
 FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h: _IOR('f', 1, long)
 FS_IOC_SETFLAGS = 0x40086602
@@ -49,7 +50,7 @@ def put(fd: int, flags: int) -> None:
     except OSError as failure:
         if failure.errno != errno.ENOTTY:
             raise
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
+        raise os_error(errno.EOPNOTSUPP) from None
 
 
 def version(fd: int) -> int:
@@ -66,7 +67,7 @@ def birth(fd: int) -> int | None:
         code = ctypes.get_errno()
         if code == errno.ENOSYS:
             return None
-        raise OSError(code, os.strerror(code))
+        raise os_error(code)
     if not int.from_bytes(buffer.raw[:4], sys.byteorder) & _STATX_BTIME:
         return None
     seconds, ns = _BTIME.unpack_from(buffer, _BTIME_AT)

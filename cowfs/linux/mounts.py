@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cowfs.errors import os_error
 from cowfs.types import Atime
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # include/uapi/linux/mount.h
@@ -61,8 +62,7 @@ def _syscall(number: int, *arguments: int | bytes | None) -> int:
     words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
     result = int(_libc.syscall(ctypes.c_long(number), *words))
     if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise os_error(ctypes.get_errno())
     return result
 
 
@@ -178,8 +178,7 @@ def mount(source: str, path: str | bytes, fstype: str, flags: int, options: str)
     """Mount a filesystem at *path* (mount(2)); *flags* are MS_*. Releases the GIL."""
     target = os.fsencode(path)
     if _libc.mount(os.fsencode(source), target, fstype.encode(), flags, os.fsencode(options)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
+        raise os_error(ctypes.get_errno(), path)
 
 
 @contextmanager
@@ -245,8 +244,7 @@ def change_root(root: str) -> None:
 def umount2(path: str | bytes, flags: int = 0) -> None:
     """Unmount *path* (umount2(2)). Blocks unless MNT_DETACH; releases the GIL."""
     if _libc.umount2(os.fsencode(path), flags):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
+        raise os_error(ctypes.get_errno(), path)
 
 
 def unmount(mountpoint: str | bytes, flags: int = 0) -> None:
@@ -265,8 +263,7 @@ def unmount(mountpoint: str | bytes, flags: int = 0) -> None:
 def leave(mountpoint: str) -> None:
     """Detach a mount for this process alone, which from now on sees the directory below it. OSError."""
     if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), mountpoint)
+        raise os_error(ctypes.get_errno(), mountpoint)
     umount2(mountpoint, MNT_DETACH)
 
 
@@ -282,8 +279,7 @@ def enter_user_namespace(user: int, group: int) -> None:
 def unshare_users() -> None:
     """Enter a user namespace without users, with all capabilities in it. For a process with one thread."""
     if _libc.unshare(_CLONE_NEWUSER):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise os_error(ctypes.get_errno())
 
 
 def map_user(user: int, group: int, inside: int | None = None) -> None:
@@ -304,8 +300,7 @@ def hide_table() -> None:
         or _libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None)
         or _libc.mount(b"/dev/null", b"/proc/self/mounts", None, _MS_BIND, None)
     ):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "/proc/mounts")
+        raise os_error(ctypes.get_errno(), "/proc/mounts")
 
 
 def drop_unused(path: str, dev: str) -> None:
@@ -317,7 +312,7 @@ def drop_unused(path: str, dev: str) -> None:
     try:
         number = os.fstat(place).st_dev
         if f"{os.major(number)}:{os.minor(number)}" != dev:
-            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), path)
+            raise os_error(errno.ENXIO, path)
         context = _syscall(_SYS_FSPICK, place, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH)
     finally:
         os.close(place)
@@ -330,8 +325,7 @@ def drop_unused(path: str, dev: str) -> None:
 def unshare_slave() -> None:
     """Enter a new mount namespace, whose mounts receive the changes of others and send none. OSError."""
     if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise os_error(ctypes.get_errno())
 
 
 def exchange_root(root: int, bound: Iterable[tuple[int, str]]) -> None:
@@ -370,5 +364,4 @@ def remount(path: str | bytes, *, readonly: bool) -> None:
     """
     flags = MS_REMOUNT | _MS_NOATIME | (_MS_RDONLY if readonly else 0)
     if _libc.mount(None, os.fsencode(path), None, flags, None):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
+        raise os_error(ctypes.get_errno(), path)

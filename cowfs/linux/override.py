@@ -19,6 +19,7 @@ import warnings
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from cowfs.errors import os_error
 from cowfs.linux import files, mounts
 
 _LONGEST = 1 << 17
@@ -46,10 +47,10 @@ class _Helper:
             socket.send_fds(self._connection, [json.dumps(request).encode()], [fd])
             answer, fds, _, _ = socket.recv_fds(self._connection, _LONGEST, 1, socket.MSG_CMSG_CLOEXEC)
         if not answer:
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            raise os_error(errno.EACCES)
         reply = json.loads(answer)
         if isinstance(reply, dict):
-            raise OSError(reply["errno"], os.strerror(reply["errno"]))
+            raise os_error(reply["errno"])
         return reply, fds[0] if fds else -1
 
 
@@ -62,13 +63,13 @@ def _ask(fd: int, **request: Any) -> tuple[Any, int]:
     global _helper, _cannot  # noqa: PLW0603 - a process has one
     try:
         if _cannot or os.geteuid() == 0:
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            raise os_error(errno.EACCES)
         if _helper is None:
             _helper = _Helper()
         return _helper.ask(fd, **request)
     except (BrokenPipeError, ConnectionError):  # no user namespaces here
         _cannot = True
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES)) from None
+        raise os_error(errno.EACCES) from None
 
 
 def open_at(directory: int, name: bytes, flags: int, *, beneath: bool) -> int:

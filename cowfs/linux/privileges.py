@@ -14,6 +14,7 @@ import resource
 import struct
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.linux import limits
 from cowfs.linux.seccomp import refuse_needless_calls
 
@@ -125,5 +126,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _failure() -> OSError:
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code))
+    return os_error(ctypes.get_errno())

@@ -14,6 +14,8 @@ import socket
 from collections.abc import Callable
 from functools import cache
 
+from cowfs.errors import os_error
+
 _REFUSED = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime create_module delete_module
     fanotify_init finit_module get_kernel_syms init_module io_uring_setup ioperm iopl ioprio_set
@@ -148,9 +150,9 @@ def _load(refused: str, *, sockets: bool) -> None:
         _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0
         or (result := _libc.syscall(number, _SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))) < 0
     ):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise os_error(ctypes.get_errno())
     if result:  # a thread that has another filter
-        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        raise os_error(errno.ECANCELED)
 
 
 @cache
@@ -189,4 +191,4 @@ def _rule(library: ctypes.CDLL, context: int, action: int, name: str, *only: _Co
 
 def _check(result: int) -> None:
     if result < 0:
-        raise OSError(-result, os.strerror(-result))
+        raise os_error(-result)

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from cowfs.errors import os_error
+
 ASKS_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 _SOON = 0.001
@@ -141,8 +143,7 @@ def open_signals() -> int:
     mask = _MASK.pack(sum(1 << (number - 1) for number in ASKS_TO_END))
     fd = int(_libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
     if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise os_error(ctypes.get_errno())
     return fd
 
 

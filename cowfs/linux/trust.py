@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator
 
+from cowfs.errors import os_error
 from cowfs.linux.mount_table import mount_id, mountinfo
 
 _LINKS = 40
@@ -142,7 +143,7 @@ def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
                 if stat.S_ISLNK(info.st_mode):
                     links += 1
                     if links > _LINKS:
-                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                        raise os_error(errno.ELOOP, path)
                     target = os.readlink(b"", dir_fd=found)
                     rest += target.split(b"/")[::-1]
                     if target.startswith(b"/"):

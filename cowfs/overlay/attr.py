@@ -6,10 +6,11 @@ import errno
 import stat
 from dataclasses import dataclass
 
+from cowfs.errors import os_error
 from cowfs.overlay import protect
 from cowfs.overlay.copyup import copy_up, copy_up_meta
 from cowfs.overlay.file import SET_ID, drop_set_id
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.types import Attr
@@ -50,7 +51,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
     must_be_allowed(fs, node, new)
     if new.size is not None:
         if node.is_dir:
-            raise error(errno.EISDIR, node.name)
+            raise os_error(errno.EISDIR, node.name)
         copy_up(fs, node, new.size)
     else:
         copy_up_meta(fs, node)
@@ -66,7 +67,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
         fs.upper.chown(key, -1 if new.uid is None else new.uid, -1 if new.gid is None else new.gid)
     if new.mode is not None:
         if stat.S_ISLNK(node.mode):
-            raise error(errno.EOPNOTSUPP, node.name)
+            raise os_error(errno.EOPNOTSUPP, node.name)
         fs.upper.chmod(key, stat.S_IMODE(new.mode))
     elif new.uid is not None or new.gid is not None:
         _clear_set_id(fs, node, new.writer)
@@ -118,7 +119,7 @@ def was_read(fs: OverlayFs, node: Node) -> None:
 def readlink(fs: OverlayFs, node: Node) -> bytes:
     """Return the target of a symbolic link; EINVAL for anything else."""
     if not stat.S_ISLNK(node.mode):
-        raise error(errno.EINVAL, node.name)
+        raise os_error(errno.EINVAL, node.name)
     was_read(fs, node)
     if node.upper is not None:
         return fs.upper.readlink(node.upper)

@@ -22,12 +22,12 @@ A name beneath a whiteout is left over from an interrupted deletion. It is remov
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 
+from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, NamesJob, UpperLayer, together
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.overlay.named_whiteouts import META, OPAQUE_NAME, PREFIX, NamedWhiteouts, Whiteout, hidden_by
@@ -178,7 +178,7 @@ class AufsStore(NamedWhiteouts):
 
     def getxattr(self, key: Key, name: bytes) -> bytes:
         if isinstance(key, _Nothing):
-            raise _error(errno.ENODATA)
+            raise os_error(errno.ENODATA)
         if name == self.format.device and self._is_device(key):
             return _DEVICE
         stored = self._kept().get(name)
@@ -217,14 +217,14 @@ class AufsStore(NamedWhiteouts):
         """EPERM for a name that users may not create, EEXIST if there is a whiteout."""
         self._must_be_allowed(directory, name)
         if len(name) > NAME_MAX:
-            raise _error(errno.ENAMETOOLONG)
+            raise os_error(errno.ENAMETOOLONG)
         if self._whiteout(directory, name) is not None:
-            raise _error(errno.EEXIST)
+            raise os_error(errno.EEXIST)
 
     def _must_be_allowed(self, directory: Key, name: bytes) -> None:
         """EPERM for a name that users may not create: it would be hidden, and would hide nothing."""
         if name.startswith(PREFIX) or (name == _LOST and directory == self.branch):
-            raise _error(errno.EPERM)
+            raise os_error(errno.EPERM)
 
     def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, File]:
         self._must_be_free(directory, name)
@@ -243,7 +243,7 @@ class AufsStore(NamedWhiteouts):
                 self.upper.forget(self.upper.mkdir(self.branch, PRIVATE, 0o755, uid, gid))
             found = self.upper.lookup(self.branch, PRIVATE)
             if found is None:
-                raise _error(errno.ENOENT)
+                raise os_error(errno.ENOENT)
             self._hidden_directories = None
             self.root = self._own = found[0]
             self.upper.forget(self.upper.mkdir(self._own, WORK, 0o755, uid, gid))
@@ -260,7 +260,7 @@ class AufsStore(NamedWhiteouts):
         self._hide_free(directory, name)
         made = self._whiteout(directory, name)
         if made is None:
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         return made[0]
 
     def link(self, key: Key, directory: Key, name: bytes) -> None:
@@ -276,7 +276,7 @@ class AufsStore(NamedWhiteouts):
         found = self.upper.lookup(directory, name)
         if found is not None:
             self.upper.forget(found[0])
-            raise _error(errno.EEXIST)
+            raise os_error(errno.EEXIST)
         self._put(directory, PREFIX + name)
 
     def _put(self, directory: Key, name: bytes) -> None:
@@ -290,7 +290,7 @@ class AufsStore(NamedWhiteouts):
                 self._base = found[0]
         try:
             if self._base is None:
-                raise _error(errno.EMLINK)
+                raise os_error(errno.EMLINK)
             self.upper.link(self._base, directory, name)
         except OSError as failure:
             if failure.errno not in _NO_LINK:
@@ -371,7 +371,7 @@ class AufsStore(NamedWhiteouts):
     ) -> None:
         self._must_be_allowed(*target)
         if len(target[1]) > NAME_MAX:
-            raise _error(errno.ENAMETOOLONG)
+            raise os_error(errno.ENAMETOOLONG)
         with self.together():
             if self._whiteout(*source) is not None:
                 self._move_whiteout(source, target, flags, replaced)
@@ -402,7 +402,7 @@ class AufsStore(NamedWhiteouts):
         self, source: tuple[Key, bytes], target: tuple[Key, bytes], flags: int, moved: Key | None
     ) -> None:
         if flags & RENAME_NOREPLACE:
-            raise _error(errno.EEXIST)
+            raise os_error(errno.EEXIST)
         self._remove_covered(*target)
         is_new = self.temporaries is not None and source[0] == self.temporaries
         if is_new:  # the name appears when the whiteout is removed, not before
@@ -425,7 +425,7 @@ class AufsStore(NamedWhiteouts):
             or isinstance(key, Whiteout)
             or not stat.S_ISDIR(self.upper.stat(key).st_mode)
         ):
-            raise _error(errno.EOPNOTSUPP)
+            raise os_error(errno.EOPNOTSUPP)
         elif not self.is_opaque(key):
             self._put(key, OPAQUE_NAME)
 
@@ -436,7 +436,7 @@ class AufsStore(NamedWhiteouts):
         elif name == self.format.opaque and self.is_opaque(key):
             self._remove_covered(key, OPAQUE_NAME)
         else:
-            raise _error(errno.ENODATA)
+            raise os_error(errno.ENODATA)
 
     # --- leftovers of aufs
 
@@ -463,10 +463,6 @@ def _as_file(attr: Attr) -> Attr:
     file = replace(attr) if isinstance(attr, AttrData) else own_attr(attr)
     file.st_mode = stat.S_IFREG | stat.S_IMODE(attr.st_mode)
     return file
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
 
 
 def sign_of(names: Iterable[bytes]) -> bytes | None:

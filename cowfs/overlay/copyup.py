@@ -13,9 +13,10 @@ import os
 import stat
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key
 from cowfs.overlay import partial
-from cowfs.overlay.fs import OverlayFs, Steps, error
+from cowfs.overlay.fs import OverlayFs, Steps
 from cowfs.overlay.install import install, place_of, set_upper, show_to_handles
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import copy_attributes, read_original
@@ -316,7 +317,7 @@ def _parents(fs: OverlayFs, node: Node) -> None:
         walk = walk.parent
     for directory in reversed(missing):
         if directory.dead:
-            raise error(errno.ENOENT, directory.name)
+            raise os_error(errno.ENOENT, directory.name)
         _copy_up_directory(fs, directory)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, QuickUpper
 from cowfs.linux import files
 from cowfs.overlay import acl, flags, partial, protect, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.lookup import lower_has, resolve
 from cowfs.overlay.nlink import names_of
 from cowfs.overlay.node import Node
@@ -51,7 +52,7 @@ def create_unnamed(fs: OverlayFs, parent: Node, mode: int, owner: Owner) -> tupl
     Until then it is in the work directory. If this mount ends uncleanly, the next mount removes it.
     """
     if parent.dead:  # creating a name gives ENOENT here (ext4_new_inode() in fs/ext4/ialloc.c)
-        raise error(errno.EPERM, parent.name)
+        raise os_error(errno.EPERM, parent.name)
     _must_take(fs, parent, b"")
     copy_up_directory(fs, parent)
     above = fs.upper.stat(parent.upper)
@@ -198,9 +199,9 @@ def add_file(
 
 def _must_take(fs: OverlayFs, parent: Node, name: bytes) -> None:
     if parent.children is None:
-        raise error(errno.ENOTDIR, parent.name)
+        raise os_error(errno.ENOTDIR, parent.name)
     if parent.dead:
-        raise error(errno.ENOENT, name)
+        raise os_error(errno.ENOENT, name)
     protect.must_add(fs, parent)
 
 
@@ -208,7 +209,7 @@ def _only_whiteout(fs: OverlayFs, parent: Node, name: bytes) -> None:
     """EEXIST unless the upper has a whiteout under the name."""
     found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
     if found is None or not fs.is_whiteout(*found):
-        raise error(errno.EEXIST, name)
+        raise os_error(errno.EEXIST, name)
 
 
 def _make_over_whiteout(
@@ -239,7 +240,7 @@ def link(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> Attr:
     """Give a file another name."""
     _must_take(fs, parent, name)
     if node.is_dir:
-        raise error(errno.EPERM, name)
+        raise os_error(errno.EPERM, name)
     protect.must_change(fs, node)
     parent.added += 1
     covered = parent.is_merged and lower_has(fs, parent, name)
@@ -287,7 +288,7 @@ def unlink(fs: OverlayFs, parent: Node, name: bytes) -> Node:
     """Remove a name that is not a directory's; return its node."""
     node = resolve(fs, parent, name)
     if node.is_dir:
-        raise error(errno.EISDIR, name)
+        raise os_error(errno.EISDIR, name)
     protect.must_remove(fs, parent, node)
     attr = fs.stat(node)
     last = names_of(node, attr) <= 1
@@ -402,10 +403,10 @@ def rmdir(fs: OverlayFs, parent: Node, name: bytes, seen: Seen | None = None) ->
     """
     node = resolve(fs, parent, name)
     if not node.is_dir:
-        raise error(errno.ENOTDIR, name)
+        raise os_error(errno.ENOTDIR, name)
     protect.must_remove(fs, parent, node)
     if not see(fs, node, seen).empty:
-        raise error(errno.ENOTEMPTY, name)
+        raise os_error(errno.ENOTEMPTY, name)
     covered = parent.is_merged and lower_has(fs, parent, name)
     copy_up_directory(fs, parent)
     if covered and node.upper is None:

@@ -7,11 +7,12 @@ import os
 import stat
 import time
 
+from cowfs.errors import os_error
 from cowfs.layers.base import File
 from cowfs.layers.partial import PartialFile
 from cowfs.overlay import partial, protect
 from cowfs.overlay.copyup import begin_lazily, copy_up
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.handle import Handle, Handles, Reader, Writer
 from cowfs.overlay.node import Node
 
@@ -31,7 +32,7 @@ def open_file(
     With *frugal*, the file must not keep a descriptor: EMFILE if it needs one.
     """
     if node.is_dir:
-        raise error(errno.EISDIR, node.name)
+        raise os_error(errno.EISDIR, node.name)
     writable = flags & os.O_ACCMODE != os.O_RDONLY
     truncates = bool(flags & os.O_TRUNC)
     if truncates or (writable and not begin_lazily(fs, node)):
@@ -116,12 +117,12 @@ def seek(fs: OverlayFs, handle: Handle, offset: int, whence: int) -> int:
     ENXIO when *offset* is at the end or beyond, or when no data follows; EINVAL for another *whence*.
     """
     if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
-        raise error(errno.EINVAL, handle.node.name)
+        raise os_error(errno.EINVAL, handle.node.name)
     if handle.file.fileno() >= 0:
         return os.lseek(handle.file.fileno(), offset, whence)
     size = handle.file.stat().st_size
     if not 0 <= offset < size:
-        raise error(errno.ENXIO, handle.node.name)
+        raise os_error(errno.ENXIO, handle.node.name)
     hole, deadline = offset, time.monotonic() + _SEEK_SECONDS
     for start, stop in handle.file.segments(size, offset):
         if stop > offset:
@@ -133,7 +134,7 @@ def seek(fs: OverlayFs, handle: Handle, offset: int, whence: int) -> int:
         if time.monotonic() > deadline:  # too many pieces: lseek(2) may call all of it data
             return offset if whence == os.SEEK_DATA else size
     if whence == os.SEEK_DATA:
-        raise error(errno.ENXIO, handle.node.name)
+        raise os_error(errno.ENXIO, handle.node.name)
     return hole
 
 

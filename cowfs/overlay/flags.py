@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import stat
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, is_flaggable, is_flagged
 from cowfs.overlay import protect
 from cowfs.overlay.copyup import copy_up_meta
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.node import Node
 
 _OF_ANYBODY = 0x380FF
@@ -21,7 +22,7 @@ _OF_DIRECTORIES = 0x30000
 
 def _must_have_flags(node: Node) -> None:
     if not node.is_dir and not stat.S_ISREG(node.mode):
-        raise error(errno.ENOTTY, node.name)
+        raise os_error(errno.ENOTTY, node.name)
 
 
 def getflags(fs: OverlayFs, node: Node) -> int:
@@ -37,7 +38,7 @@ def setflags(fs: OverlayFs, node: Node, flags: int) -> None:
     """Set all flags, in the upper. EOPNOTSUPP for flags that the upper does not support."""
     _must_have_flags(node)
     if not is_flaggable(fs.upper):
-        raise error(errno.EOPNOTSUPP, node.name)
+        raise os_error(errno.EOPNOTSUPP, node.name)
     if node.upper is None:
         copy_up_meta(fs, node)
         flags = flags & _OF_ANYBODY | fs.upper.getflags(node.upper) & ~_OF_ANYBODY
@@ -65,7 +66,7 @@ def version(fs: OverlayFs, node: Node) -> int:
     """Return the generation of the inode's number in the upper. ENOTTY for one that is not there."""
     _must_have_flags(node)
     if node.upper is None or not is_flaggable(fs.upper):
-        raise error(errno.ENOTTY, node.name)
+        raise os_error(errno.ENOTTY, node.name)
     return fs.upper.version(node.upper)
 
 

@@ -10,11 +10,12 @@ import errno
 import stat
 from collections.abc import Sequence
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, LowerLayer
 from cowfs.overlay.copyup import link_alias
 from cowfs.overlay.dir import rekey
 from cowfs.overlay.find import walk
-from cowfs.overlay.fs import OverlayFs, Steps, done_at_once, error
+from cowfs.overlay.fs import OverlayFs, Steps, done_at_once
 from cowfs.overlay.lookup import union_nlink
 from cowfs.overlay.node import Node
 from cowfs.overlay.uncover import Stale
@@ -72,9 +73,9 @@ def must_be_still(fs: OverlayFs, *, with_pending: bool) -> None:
     """
     for node in fs.own_nodes():
         if node.copying is not None or (node.handles is not None and not fs.host.end_writes(node)):
-            raise error(errno.EBUSY, node.name)
+            raise os_error(errno.EBUSY, node.name)
     if not fs.host.is_still() or (fs.pending and not with_pending):
-        raise error(errno.EBUSY, b"")
+        raise os_error(errno.EBUSY, b"")
 
 
 def freeze(fs: OverlayFs, new_upper: Key, frozen: LowerLayer) -> None:

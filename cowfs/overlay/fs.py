@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Cached, Key, LowerLayer, UpperLayer
 from cowfs.layers.partial import Part
 from cowfs.overlay.companions import NOT_HERE, Companions
@@ -66,11 +66,6 @@ class OverlayOptions:
     """Whether a directory's link count says how many directories are in it. Else it is 1."""
     first_ino: int = 0
     """What is added to all numbers of inodes: for a union that shares its :class:`NodeTable` with another."""
-
-
-def error(code: int, *names: object) -> OSError:
-    """Return an OSError with this errno."""
-    return OSError(code, os.strerror(code), *names)
 
 
 R = TypeVar("R")
@@ -297,7 +292,7 @@ class OverlayFs:
         if node.upper is not None:
             return self.upper, node.upper
         if not node.lowers:
-            raise error(errno.ESTALE, node.name)
+            raise os_error(errno.ESTALE, node.name)
         layer, key = node.lowers[0]
         return self.lowers[layer], key
 
@@ -316,7 +311,7 @@ class OverlayFs:
         if isinstance(below, int):
             return self.lowers[below & LAYER].stat(below >> LAYER_BITS)
         if not below:
-            raise error(errno.ESTALE, node.name)
+            raise os_error(errno.ESTALE, node.name)
         layer, key = below[0]
         attr = self.lowers[layer].stat(key)
         if len(below) > 1 and not node.is_dir:  # a metacopy

@@ -17,8 +17,9 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
+from cowfs.errors import os_error
 from cowfs.overlay.dir import ROOT, Owner
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.lookup import lookup
 from cowfs.overlay.node import APART, Node
 from cowfs.overlay.overlay import Overlay
@@ -80,11 +81,11 @@ class Grafted(Overlay):
 
     def _must_stay(self, node: Node) -> None:
         if node in self.borders or node in self._fixed:
-            raise error(errno.EBUSY, node.name)
+            raise os_error(errno.EBUSY, node.name)
 
     def _must_be_one_side(self, one: Node, other: Node) -> None:
         if (one.ino ^ other.ino) & APART:
-            raise error(errno.EXDEV, one.name)
+            raise os_error(errno.EXDEV, one.name)
 
     def _removal(self, parent: Node, name: bytes) -> Overlay:
         """Return the union in which a name is to be removed, or replaced."""
@@ -119,10 +120,10 @@ class Grafted(Overlay):
 def _directory(fs: OverlayFs, parent: Node, name: bytes) -> Node:
     found = lookup(fs, parent, name)
     if found is None:
-        raise error(errno.ENOENT, name)
+        raise os_error(errno.ENOENT, name)
     if not found[0].is_dir:
         fs.release(found[0])
-        raise error(errno.ENOTDIR, name)
+        raise os_error(errno.ENOTDIR, name)
     return found[0]
 
 

@@ -8,9 +8,10 @@ import os
 import stat
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.partial import PartialFile
 from cowfs.overlay import lookup, partial
-from cowfs.overlay.fs import OverlayFs, Pending, error
+from cowfs.overlay.fs import OverlayFs, Pending
 from cowfs.overlay.xattr_format import names_of_redirect, parse_partial
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def resume(fs: OverlayFs) -> None:
             note = parse_partial(fs.upper.getxattr(key, fs.format.partial))
             attr = fs.upper.stat(key)
             if not stat.S_ISREG(attr.st_mode):
-                raise error(errno.EINVAL)
+                raise os_error(errno.EINVAL)
             fs.pending[ino] = Pending(key, partial.part_of(fs, key, note, attr), note.path)
         except OSError as failure:
             if failure.errno in _NO_MORE:
@@ -61,10 +62,10 @@ def open_rest(fs: OverlayFs, pending: Pending) -> PartialFile:
     """Open a partial file to copy the rest. EIO if its lower has changed; EAGAIN to try again later."""
     found = lookup.find_below(fs, names_of_redirect(pending.path))
     if found is None:
-        raise error(errno.EIO, pending.path)
+        raise os_error(errno.EIO, pending.path)
     layer, low, attr = found
     if fs.lowers[layer].waits:
-        raise error(errno.EAGAIN, pending.path)
+        raise os_error(errno.EAGAIN, pending.path)
     note = parse_partial(fs.upper.getxattr(pending.key, fs.format.partial))
     partial.must_be_the_same(note, attr)
     source = fs.lowers[layer].open(low, os.O_RDONLY)

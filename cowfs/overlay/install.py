@@ -6,11 +6,12 @@ import errno
 import os
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key
 from cowfs.linux import files
 from cowfs.overlay import partial
 from cowfs.overlay.companions import NOT_HERE
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.handle import Reader
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import Original
@@ -24,7 +25,7 @@ def place_of(fs: OverlayFs, node: Node) -> Place:
     """Return a place where the node has a name; for a hard link, any known one. ENOENT if it has none."""
     found = fs.nodes.place(node)
     if found is None:
-        raise error(errno.ENOENT, node.name)
+        raise os_error(errno.ENOENT, node.name)
     return found
 
 

@@ -6,9 +6,10 @@ import errno
 import stat
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key
 from cowfs.overlay import partial
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.node import Node, in_number
 from cowfs.overlay.stack import Hit, Place
 from cowfs.overlay.xattr_format import (
@@ -25,7 +26,7 @@ from cowfs.types import Attr
 def lookup(fs: OverlayFs, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
     """Find *name* in a directory; None when the merged tree has no such name."""
     if parent.children is None:
-        raise error(errno.ENOTDIR, parent.name)
+        raise os_error(errno.ENOTDIR, parent.name)
     node = fs.nodes.child(parent, name)
     if node is not None:
         try:
@@ -44,7 +45,7 @@ def lookup(fs: OverlayFs, parent: Node, name: bytes) -> tuple[Node, Attr] | None
                 return None
             return _from_upper(fs, parent, name, *above)
     if len(name) > NAME_MAX:
-        raise error(errno.ENAMETOOLONG, name)
+        raise os_error(errno.ENAMETOOLONG, name)
     lowers = parent.lowers
     if not lowers:
         return None
@@ -59,7 +60,7 @@ def resolve(fs: OverlayFs, parent: Node, name: bytes) -> Node:
         return node
     found = lookup(fs, parent, name)
     if found is None:
-        raise error(errno.ENOENT, name)
+        raise os_error(errno.ENOENT, name)
     return found[0]
 
 
@@ -90,7 +91,7 @@ def _from_upper(
     if metacopy:
         found = fs.stack.below(parent.lowers, name, redirect)
         if not found or not stat.S_ISREG(found[-1][2].st_mode):
-            raise error(errno.EIO, name)  # no layer has its data: another lower than at copy-up
+            raise os_error(errno.EIO, name)  # no layer has its data: another lower than at copy-up
         if note is not None:
             partial.must_be_the_same(note, found[-1][2])
         lowers = tuple((layer, low) for layer, low, _ in found)
@@ -140,7 +141,7 @@ def _from_lower(fs: OverlayFs, parent: Node, name: bytes, found: list[Hit]) -> t
         index = fs.find_in_index(fs.lowers[layer].handle(key))
         if index is not None:
             if stat.S_IFMT(index[1].st_mode) != stat.S_IFMT(attr.st_mode):
-                raise error(errno.EIO, name)  # a forged index (ovl_lookup_index)
+                raise os_error(errno.EIO, name)  # a forged index (ovl_lookup_index)
             return _from_upper(fs, parent, name, *index, attr.st_nlink)
     if len(found) == 1 and not stat.S_ISDIR(attr.st_mode) and fs.nodes.get(ino) is None:
         number = in_number(layer, key)
@@ -329,7 +330,7 @@ def _must_not_be_above(node: Node, parent: Node, name: bytes) -> None:
     walk: Node | None = parent
     while walk is not None:
         if walk is node:
-            raise error(errno.EUCLEAN, name)
+            raise os_error(errno.EUCLEAN, name)
         walk = walk.parent
 
 

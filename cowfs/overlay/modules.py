@@ -13,10 +13,10 @@ node gets its name back when the cover is removed.
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import LowerLayer
 from cowfs.overlay.dir import rekey
 from cowfs.overlay.fs import OverlayFs
@@ -67,7 +67,7 @@ def _free_number(fs: OverlayFs) -> int:
     for number in range(first, first + MOST):
         if number not in fs.loaded and number not in fs.left:
             return number
-    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    raise os_error(errno.EMFILE)
 
 
 def _apply_layers(fs: OverlayFs) -> Stale:

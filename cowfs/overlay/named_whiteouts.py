@@ -11,10 +11,10 @@ The sources are whout.c and opts.c of aufs, and layer.md of the OCI image specif
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from collections.abc import Iterable, Iterator
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, LowerLayer, NamesJob
 from cowfs.overlay.wrapped import WrappedLayer
 from cowfs.overlay.xattr_format import OPAQUE, TRUSTED, USER, XattrFormat
@@ -140,7 +140,7 @@ class NamedWhiteouts(Reworded):
             return self.inner.getxattr(key, name)
         if name == self.format.opaque and not isinstance(key, Whiteout) and self.is_opaque(key):
             return OPAQUE
-        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        raise os_error(errno.ENODATA)
 
     def is_opaque(self, key: Key) -> bool:
         """Whether an inode is a directory that hides everything below it."""

@@ -13,11 +13,12 @@ import os
 import stat
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.layers.partial import Part, PartialFile
 from cowfs.layers.reopened import Reopens
 from cowfs.overlay import redirect as redirects
-from cowfs.overlay.fs import OverlayFs, Pending, error
+from cowfs.overlay.fs import OverlayFs, Pending
 from cowfs.overlay.node import Node
 from cowfs.overlay.xattr_format import (
     METACOPY,
@@ -120,7 +121,7 @@ def note_in(fs: OverlayFs, notes: dict[bytes, bytes]) -> Partial | None:
         return None
     if not fs.options.has_exact_holes:
         log.error("a file is only partly in the store, and its record is gone: it cannot be read")
-        raise error(errno.EIO)
+        raise os_error(errno.EIO)
     return parse_partial(value)
 
 
@@ -130,7 +131,7 @@ def must_be_the_same(note: Partial, attr: Attr) -> None:
         if note.path not in _told:
             _told.add(note.path)
             log.error("%r changed in its lower before it was fully copied up: it cannot be read", note.path)
-        raise error(errno.EIO, note.path)
+        raise os_error(errno.EIO, note.path)
 
 
 _told: set[bytes] = set()
@@ -172,7 +173,7 @@ def open_data(fs: OverlayFs, node: Node, flags: int, *, frugal: bool = False) ->
     if node.partial is None:
         return open_in(fs.upper, node.upper, flags, frugal=frugal)
     if frugal and fs.upper.has_descriptors:
-        raise error(errno.EMFILE, node.name)
+        raise os_error(errno.EMFILE, node.name)
     return open_partial(fs, node, flags)
 
 
@@ -181,7 +182,7 @@ def open_in(layer: LowerLayer, key: Key, flags: int, *, frugal: bool) -> File:
     if not frugal or not layer.has_descriptors:
         return layer.open(key, flags)
     if not isinstance(layer, Reopens):
-        raise error(errno.EMFILE)
+        raise os_error(errno.EMFILE)
     return layer.reopened(key, flags)
 
 

@@ -9,9 +9,10 @@ import errno
 import stat
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, is_flaggable, is_flagged
 from cowfs.linux.inode_flags import APPEND, IMMUTABLE
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.node import Node
 
 EITHER = APPEND | IMMUTABLE
@@ -60,13 +61,13 @@ def note(fs: OverlayFs, key: Key, flags: int) -> None:
 def must_change(fs: OverlayFs, node: Node) -> None:
     """EPERM if owner, mode, times and xattrs must not change, or names must not be added."""
     if node.protection != 0 and protection(fs, node):
-        raise error(errno.EPERM, node.name)
+        raise os_error(errno.EPERM, node.name)
 
 
 def must_add(fs: OverlayFs, parent: Node) -> None:
     """EPERM if no name may be created in a directory."""
     if parent.protection != 0 and protection(fs, parent) & IMMUTABLE:
-        raise error(errno.EPERM, parent.name)
+        raise os_error(errno.EPERM, parent.name)
 
 
 def must_remove(fs: OverlayFs, parent: Node, node: Node) -> None:
@@ -78,4 +79,4 @@ def must_remove(fs: OverlayFs, parent: Node, node: Node) -> None:
 def must_write(fs: OverlayFs, node: Node, *, appends: bool) -> None:
     """EPERM if a file must not be written; *appends*: whether the writer only appends."""
     if node.protection != 0 and protection(fs, node) & (IMMUTABLE if appends else EITHER):
-        raise error(errno.EPERM, node.name)
+        raise os_error(errno.EPERM, node.name)

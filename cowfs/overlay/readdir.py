@@ -8,8 +8,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, LowerLayer, NamesJob, QuickUpper
-from cowfs.overlay.fs import OverlayFs, Steps, done_at_once, error
+from cowfs.overlay.fs import OverlayFs, Steps, done_at_once
 from cowfs.overlay.node import APART, Node
 from cowfs.overlay.stack import Merging, hides
 from cowfs.types import DirEntry
@@ -20,7 +21,7 @@ def readdir(fs: OverlayFs, node: Node) -> list[DirEntry]:
     if node.dead:
         return []
     if node.children is None:
-        raise error(errno.ENOTDIR, node.name)
+        raise os_error(errno.ENOTDIR, node.name)
     sources: list[tuple[LowerLayer, Key]] = []
     if node.upper is not None:
         sources.append((fs.upper, node.upper))
@@ -119,7 +120,7 @@ def listing(fs: OverlayFs, node: Node) -> Listing | Callable[[], Listing]:
     For a large directory, return a function that returns them. It blocks; any thread may call it.
     """
     if node.children is None:
-        raise error(errno.ENOTDIR, node.name)
+        raise os_error(errno.ENOTDIR, node.name)
     if node.dead:
         return Listing([], [])
     lowers = [fs.lowers[layer].names(key) for layer, key in node.lowers]
@@ -183,7 +184,7 @@ class Seen(NamedTuple):
 def look_through(fs: OverlayFs, node: Node) -> Steps[Seen]:
     """Find out whether a directory is empty."""
     if node.children is None:
-        raise error(errno.ENOTDIR, node.name)
+        raise os_error(errno.ENOTDIR, node.name)
     added, bare = node.added, True
     sources: list[tuple[LowerLayer, Key]] = []
     if node.upper is not None and not node.dead:

@@ -11,13 +11,14 @@ import errno
 import stat
 from contextlib import nullcontext, suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, together
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.overlay import protect, whiteout
 from cowfs.overlay import redirect as redirects
 from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.dir import ROOT, Owner, leave_whiteout, name_removed, prepare_whiteout
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.lookup import lookup, lower_has, resolve
 from cowfs.overlay.nlink import names_of
 from cowfs.overlay.node import Node
@@ -45,7 +46,7 @@ def rename(
     here. Return the replaced node, if any.
     """
     if flags & ~_FLAGS or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
-        raise error(errno.EINVAL, name)
+        raise os_error(errno.EINVAL, name)
     node = resolve(fs, parent, name)
     found = lookup(fs, new_parent, new_name)
     target = found[0] if found else None
@@ -59,7 +60,7 @@ def rename(
     if target is not None and target.is_dir and not flags & RENAME_EXCHANGE:
         seen = see(fs, target, seen)
         if not seen.empty:
-            raise error(errno.ENOTEMPTY, new_name)
+            raise os_error(errno.ENOTEMPTY, new_name)
     new_parent.added += 1
     _bring_up(fs, node, parent, name)
     copy_up_directory(fs, new_parent)
@@ -100,14 +101,14 @@ def _refuse_redirects(*nodes: Node | None) -> None:
     """EXDEV for a node that would need a redirect: a directory that is, or was, in a lower."""
     for node in nodes:
         if node is not None and node.lowers and (node.is_dir or node.metacopy):
-            raise error(errno.EXDEV, node.name)
+            raise os_error(errno.EXDEV, node.name)
 
 
 def _refuse_modules(fs: OverlayFs, *nodes: Node | None) -> None:
     """EXDEV for a directory in a module: without the module, a redirect would lead nowhere."""
     for node in nodes:
         if node is not None and node.is_dir and fs.in_module(node):
-            raise error(errno.EXDEV, node.name)
+            raise os_error(errno.EXDEV, node.name)
 
 
 def _must_be_allowed(fs: OverlayFs, source: tuple[Node, Node], target: tuple[Node, Node | None]) -> None:
@@ -120,28 +121,28 @@ def _must_be_allowed(fs: OverlayFs, source: tuple[Node, Node], target: tuple[Nod
 
 def _check(node: Node, new_parent: Node, new_name: bytes, target: Node | None, flags: int) -> None:
     if new_parent.children is None:
-        raise error(errno.ENOTDIR, new_parent.name)
+        raise os_error(errno.ENOTDIR, new_parent.name)
     if new_parent.dead:
-        raise error(errno.ENOENT, new_name)
+        raise os_error(errno.ENOENT, new_name)
     walk: Node | None = new_parent
     while node.is_dir and walk is not None:
         if walk is node:
-            raise error(errno.EINVAL, new_name)
+            raise os_error(errno.EINVAL, new_name)
         walk = walk.parent
     if flags & RENAME_EXCHANGE:
         if target is None:
-            raise error(errno.ENOENT, new_name)
+            raise os_error(errno.ENOENT, new_name)
         return
     if target is None:
         return
     if flags & RENAME_NOREPLACE:
-        raise error(errno.EEXIST, new_name)
+        raise os_error(errno.EEXIST, new_name)
     if target is node:
         return
     if node.is_dir and not target.is_dir:
-        raise error(errno.ENOTDIR, new_name)
+        raise os_error(errno.ENOTDIR, new_name)
     if target.is_dir and not node.is_dir:
-        raise error(errno.EISDIR, new_name)
+        raise os_error(errno.EISDIR, new_name)
 
 
 def _bring_up(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:

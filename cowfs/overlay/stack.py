@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, LowerLayer
 from cowfs.overlay.named_whiteouts import use_format
 from cowfs.overlay.xattr_format import (
@@ -253,7 +254,7 @@ class Stack:
     def _whole(found: Found, name: bytes) -> list[Hit]:
         """Return the hits. EIO for a metacopy without data."""
         if not found.is_complete:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+            raise os_error(errno.EIO, name)
         return found.hits
 
     def notes(self, layer: int, key: Key) -> dict[bytes, bytes] | None:
@@ -440,7 +441,7 @@ class _Search:
         if 0 < len(notes[self._format.metacopy]) < _METACOPY_MIN and not (
             is_upper and self._format.partial in notes
         ):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+            raise os_error(errno.EIO, name)
 
     def _redirect(
         self, step: _Step, notes: Notes, number: int, path: Path, depth: int, from_root: bool

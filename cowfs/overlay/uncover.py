@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager, suppress
 
+from cowfs.errors import os_error
 from cowfs.layers.base import Key, LowerLayer
 from cowfs.linux import files
 from cowfs.overlay import away, whiteout
 from cowfs.overlay.copyup import copy_up_directory, link_alias, write_nlink
 from cowfs.overlay.dir import last_removed, name_removed, rekey
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.install import show_to_handles
 from cowfs.overlay.lookup import lookup, shown_below, union_nlink
 from cowfs.overlay.node import Node
@@ -55,7 +56,7 @@ def _uncover(
 ) -> bool:
     found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
     if found is None:
-        raise error(errno.ENOENT, name)
+        raise os_error(errno.ENOENT, name)
     key, attr = found
     node = fs.nodes.child(parent, name)
     hides = fs.is_whiteout(key, attr)
@@ -163,7 +164,7 @@ def must_be_idle(fs: OverlayFs, node: Node) -> Node | None:
     EBUSY while a file's data is being copied up, a thread reads it, or the file is partial.
     """
     if node.partial is not None or node.copying is not None or not fs.host.close_idle(node):
-        raise error(errno.EBUSY, node.name)
+        raise os_error(errno.EBUSY, node.name)
     return node if fs.nodes.get(node.ino) is node else None
 
 
@@ -177,10 +178,10 @@ def cover(fs: OverlayFs, parent: Node, name: bytes, place: Place, stale: Stale) 
 def _cover(fs: OverlayFs, parent: Node, name: bytes, place: Place, stale: Stale) -> None:
     found = fs.upper.lookup(*place)
     if found is None:
-        raise error(errno.ENOENT, name)
+        raise os_error(errno.ENOENT, name)
     there = fs.upper.lookup(parent.upper, name)
     if there is not None and not fs.is_whiteout(*there):
-        raise error(errno.EEXIST, name)
+        raise os_error(errno.EEXIST, name)
     node = fs.nodes.child(parent, name)
     if node is not None:
         node = must_be_idle(fs, node)
@@ -418,7 +419,7 @@ def restore_times(fs: OverlayFs) -> None:
         for name in where.split(b"/") if where else ():
             found = None if name in {b"", b".", b".."} else fs.upper.lookup(key, name)
             if found is None or not stat.S_ISDIR(found[1].st_mode):
-                raise error(errno.ENOENT, name)
+                raise os_error(errno.ENOENT, name)
             key = found[0]
         fs.upper.utimens(key, int(atime), int(mtime))
     _forget_times(fs)
@@ -473,7 +474,7 @@ def hide(fs: OverlayFs, parent: Node, name: bytes, stale: Stale) -> None:
     """Restore a whiteout that uncover() removed. EEXIST if the upper has the name now."""
     copy_up_directory(fs, parent)
     if fs.upper.lookup(parent.upper, name) is not None:
-        raise error(errno.EEXIST, name)
+        raise os_error(errno.EEXIST, name)
     with _names_counted(fs, parent, name, stale):
         node = fs.nodes.child(parent, name)
         whiteout.make(fs, parent.upper, name)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 from contextlib import suppress
 
+from cowfs.errors import os_error
 from cowfs.overlay import protect
 from cowfs.overlay.copyup import copy_up_meta
-from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.node import Node
 from cowfs.overlay.xattr_format import IMPURE
 
@@ -34,7 +35,7 @@ def getxattr(fs: OverlayFs, node: Node, name: bytes) -> bytes:
     except OSError as failure:
         # The kernel reads the ACL to check permissions; any errno but ENODATA would become the result.
         if failure.errno == errno.EOPNOTSUPP and name.startswith(_ACLS):
-            raise error(errno.ENODATA, node.name) from None
+            raise os_error(errno.ENODATA, node.name) from None
         raise
 
 

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
-from cowfs.errors import NoRoom
+from cowfs.errors import NoRoom, os_error
 from cowfs.formats.ext3._engine import ffi, lib
 from cowfs.formats.ext3.directory import (
     INO,
@@ -196,7 +196,7 @@ class Image(Opened):
         """Return the names of a large directory; None for any other. ENOTDIR."""
         mode, *_, size, _, _, _, _ = self.raw(directory)
         if not stat.S_ISDIR(mode):
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            raise os_error(errno.ENOTDIR)
         if size <= LARGE:
             return None
         return LargeNames(

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
-from cowfs.errors import NoRoom, NotYetFree
+from cowfs.errors import NoRoom, NotYetFree, os_error
 from cowfs.formats.ext3 import features
 from cowfs.formats.ext3._engine import ffi, lib
 from cowfs.formats.ext3.places import places
@@ -137,7 +137,7 @@ class Opened:
         if handle is not None:
             code = lib.x3_close(handle)
             if code < 0:
-                raise OSError(-code, os.strerror(-code), self.name)
+                raise os_error(-code, self.name)
 
     def abandon(self) -> None:
         """Close the image as in a crash, without writing anything."""

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import stat
 import struct
 from dataclasses import replace
 
-from cowfs.errors import LayerError
+from cowfs.errors import LayerError, os_error
 from cowfs.formats.squashfs import old_lzma
 from cowfs.formats.squashfs import superblock as sblk
 from cowfs.formats.squashfs.blocks import FragmentTable
@@ -177,14 +176,14 @@ class Image:
     def _directory(self, ref: int) -> Inode:
         inode = self._inodes.read(ref)
         if not stat.S_ISDIR(inode.mode):
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            raise os_error(errno.ENOTDIR)
         return inode
 
     def target(self, ref: int) -> bytes:
         """Return the target of the symbolic link at *ref*. EINVAL if it is not one."""
         inode = self._inodes.read(ref)
         if not stat.S_ISLNK(inode.mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            raise os_error(errno.EINVAL)
         return self._inodes.target(inode)
 
     def xattr_names(self, ref: int) -> list[bytes]:
@@ -200,11 +199,11 @@ class Image:
         ENODATA; EOPNOTSUPP for a namespace that squashfs does not support.
         """
         if not name.startswith(KINDS):
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            raise os_error(errno.EOPNOTSUPP)
         number = self._inodes.read(ref).xattr
         value = None if number == NONE or self.xattrs is None else self.xattrs.value(number, name)
         if value is None:
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            raise os_error(errno.ENODATA)
         return value
 
     def data(self, ref: int) -> FileData:
@@ -212,7 +211,7 @@ class Image:
         inode = self._inodes.read(ref)
         if not stat.S_ISREG(inode.mode):
             code = errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL
-            raise OSError(code, os.strerror(code))
+            raise os_error(code)
         return FileData(self._blocks, self._inode_bytes, inode)
 
     def compressor_options(self) -> bytes:

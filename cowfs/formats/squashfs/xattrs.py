@@ -8,10 +8,10 @@ share it. Layouts: squashfs_fs.h; use: the kernel's xattr.c, xattr_id.c.
 from __future__ import annotations
 
 import errno
-import os
 import struct
 from dataclasses import dataclass
 
+from cowfs.errors import os_error
 from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.metadata import BLOCK, IndexedTable, Metadata, Place, Table
 
@@ -87,7 +87,7 @@ class XattrTable:
             raw, at = self._keys.advance(self._place(reference), _LENGTH.size)
             value = self._value(at, _LENGTH.unpack(raw)[0])[0]
         if isinstance(value, TooLong):
-            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+            raise os_error(errno.E2BIG)
         return value
 
     def _attributes(self, number: int) -> Attributes:
