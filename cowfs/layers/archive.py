@@ -5,32 +5,29 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterator
 
 from cowfs.errors import LayerError, os_error
 from cowfs.formats.archive import Inode, Tree
 from cowfs.formats.squashfs.source import Bytes, open_bytes
 from cowfs.layers.base import File
+from cowfs.layers.read_only import ReadOnlyFile, make_handle, number_in
 from cowfs.layers.squashfs import new_device
 from cowfs.types import NO_UUID, Attr, AttrData, DirEntry, FileHandle, FsStats
 from cowfs.url.names import is_url
 
 _PIECE = 1 << 20
-_FILEID_INO32_GEN = 1
-"""The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
-_HANDLE = struct.Struct("<II")
 
 
-class ArchiveFile:
+class ArchiveFile(ReadOnlyFile):
     """An open file of an archive: a :class:`cowfs.layers.base.File`. All methods from any thread."""
 
-    __slots__ = ("_archive", "_attr", "_inode")
+    __slots__ = ("_archive", "_inode")
 
     def __init__(self, archive: Tree, inode: Inode, attr: Attr) -> None:
+        super().__init__(attr)
         self._archive = archive
         self._inode = inode
-        self._attr = attr
 
     def pread(self, size: int, offset: int) -> bytes:
         """Read up to *size* bytes at *offset*. EIO if the archive has changed."""
@@ -40,25 +37,10 @@ class ArchiveFile:
         """Return what :meth:`pread` returns, or None if that takes long. EIO."""
         return self._archive.try_pread(self._inode, size, offset)
 
-    def pwrite(self, data: bytes, offset: int) -> int:
-        raise os_error(errno.EBADF)
-
-    def truncate(self, size: int) -> None:
-        raise os_error(errno.EBADF)
-
-    def fsync(self, datasync: bool) -> None:
-        """Do nothing: the archive is read-only."""
-
-    def stat(self) -> Attr:
-        return self._attr
-
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield the runs of stored data; the rest are holes."""
         for begin, length, _ in self._inode.stored(start, end):
             yield begin, min(begin + length, end)
-
-    def fileno(self) -> int:
-        return -1
 
     def copy_to(self, target: File, size: int | None = None) -> None:
         """Copy the first *size* bytes, or all, to the new *target*; holes stay holes. Blocks. EIO."""
@@ -67,9 +49,6 @@ class ArchiveFile:
         for start, stop in self.segments(size):
             for at in range(start, stop, _PIECE):
                 target.pwrite(self.pread(min(_PIECE, stop - at), at), at)
-
-    def close(self) -> None:
-        """Do nothing: the archive stays open."""
 
 
 class ArchiveLayer:
@@ -163,15 +142,10 @@ class ArchiveLayer:
 
     def handle(self, key: Inode) -> FileHandle | None:
         """Return the inode number in this archive, in the form of a handle of the kernel's squashfs."""
-        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(key.number, 0), self.uuid, lower=self.number)
+        return make_handle(key.number, self.uuid, lower=self.number)
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size:
-            return None
-        if handle.uuid not in {self.uuid, NO_UUID}:
-            return None
-        number, generation = _HANDLE.unpack(handle.data)
-        return number if not generation and 0 < number <= self._archive.inodes else None
+        return number_in(handle, self.uuid, self._archive.inodes)
 
     def forget(self, key: Inode) -> None:
         """Do nothing: all inodes stay in memory."""

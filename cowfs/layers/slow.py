@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, LowerLayer
+from cowfs.layers.read_only import ReadOnlyFile
 from cowfs.types import Attr, DirEntry, FileHandle, FsStats
 from cowfs.url.waiting import WouldWait, at_once
 
@@ -322,16 +323,16 @@ def must_stay_open() -> bool:
     return bool(_unclosed)
 
 
-class SlowFile:
+class SlowFile(ReadOnlyFile):
     """An open file of a slow layer. Only threads read its data; ``close`` does not wait."""
 
-    __slots__ = ("_attr", "_closed", "_content", "_inner", "_layer", "_writing", "owner")
+    __slots__ = ("_closed", "_content", "_inner", "_layer", "_writing", "owner")
 
     def __init__(self, layer: SlowLayer, inner: File) -> None:
         """May block."""
+        super().__init__(inner.stat())
         self._layer = layer
         self._inner = inner
-        self._attr = inner.stat()
         self._writing = threading.Lock()
         self._closed = False
         self.owner = 0
@@ -373,27 +374,10 @@ class SlowFile:
             self._layer.take_room(-len(self._content))
             self._content = None
 
-    def pwrite(self, data: bytes, offset: int) -> int:
-        raise os_error(errno.EBADF)
-
-    def truncate(self, size: int) -> None:
-        raise os_error(errno.EBADF)
-
-    def fsync(self, datasync: bool) -> None:
-        """Do nothing: the file is read-only."""
-
-    def stat(self) -> Attr:
-        """Return the attributes at the time of opening."""
-        return self._attr
-
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield the whole file as one run, because finding holes may wait. :meth:`copy_to` finds them."""
         if end > start:
             yield start, end
-
-    def fileno(self) -> int:
-        """Return -1: only threads may read from it."""
-        return -1
 
     def descriptor(self) -> int:
         """Return the descriptor of the inner file, for counting; -1 if it has none."""

@@ -9,7 +9,6 @@ import errno
 import itertools
 import mmap
 import os
-import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,11 +23,8 @@ from cowfs.formats.squashfs.inodes import Inode
 from cowfs.formats.squashfs.source import Bytes
 from cowfs.formats.squashfs.summary import summary
 from cowfs.layers.base import File, NamesJob
+from cowfs.layers.read_only import ReadOnlyFile, make_handle, number_in
 from cowfs.types import NO_UUID, Attr, AttrData, DirEntry, FileHandle, FsStats, Identity
-
-_FILEID_INO32_GEN = 1
-"""The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
-_HANDLE = struct.Struct("<II")
 
 _NAME_MAX = 256
 """SQUASHFS_NAME_LEN of the kernel's fs/squashfs/squashfs_fs.h; the VFS allows 255 anyway."""
@@ -42,14 +38,14 @@ def new_device() -> int:
     return _FIRST_DEVICE + next(_devices)
 
 
-class SquashfsFile:
+class SquashfsFile(ReadOnlyFile):
     """An open file of an image: a :class:`cowfs.layers.base.File`. All methods from any thread."""
 
-    __slots__ = ("_attr", "_data")
+    __slots__ = ("_data",)
 
     def __init__(self, data: FileData, attr: AttrData) -> None:
+        super().__init__(attr)
         self._data = data
-        self._attr = attr
 
     def pread(self, size: int, offset: int) -> bytes:
         """Read up to *size* bytes at *offset*. May block; EIO if the image is damaged."""
@@ -60,25 +56,10 @@ class SquashfsFile:
         it."""
         return self._data.try_pread(size, offset)
 
-    def pwrite(self, data: bytes, offset: int) -> int:
-        raise os_error(errno.EBADF)
-
-    def truncate(self, size: int) -> None:
-        raise os_error(errno.EBADF)
-
-    def fsync(self, datasync: bool) -> None:
-        """Do nothing: the image is read-only."""
-
-    def stat(self) -> Attr:
-        return self._attr
-
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield the runs of stored data. Holes are the blocks that mksquashfs found to be zeros. May block;
         EIO."""
         return self._data.segments(end, start)
-
-    def fileno(self) -> int:
-        return -1
 
     def copy_to(self, target: File, size: int | None = None) -> None:
         """Copy the first *size* bytes, or all, to the new empty file *target*; holes stay holes.
@@ -98,9 +79,6 @@ class SquashfsFile:
                 target.pwrite(parts[0] if len(parts) == 1 else b"".join(parts), offset)
 
         copy(self._data, size, write)
-
-    def close(self) -> None:
-        """Do nothing: the image stays open."""
 
 
 _IN_TABLE = 1 << 24
@@ -273,17 +251,10 @@ class SquashfsLayer:
         inode = self._image.inode(key)
         if self._numbers.of(inode) != inode.number:
             return None
-        data = _HANDLE.pack(inode.number, 0)
-        return FileHandle(_FILEID_INO32_GEN, data, self.uuid, b"%d" % key, self.number)
+        return make_handle(inode.number, self.uuid, b"%d" % key, self.number)
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size:
-            return None
-        if handle.uuid not in {self.uuid, NO_UUID}:
-            return None
-        number, generation = _HANDLE.unpack(handle.data)
-        last = self._image.superblock.last_number
-        return number if not generation and 0 < number <= last else None
+        return number_in(handle, self.uuid, self._image.superblock.last_number)
 
     def identity(self) -> Identity:
         """Return what identifies the image at the next mount. The first call reads all its tables."""
