@@ -50,6 +50,15 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def start(thread: threading.Thread) -> None:
+    """Start a thread that never gets a signal that asks to end, even if the others block it later.
+
+    RuntimeError if there can be no more threads.
+    """
+    with held_back():
+        thread.start()
+
+
 def raise_keyboard_interrupts() -> None:
     """Let SIGINT raise KeyboardInterrupt, as Python does by default, but never where Python would lose it.
 

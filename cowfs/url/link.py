@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from cowfs.errors import LayerError, SystemFailure
+from cowfs.linux.signals import start
 from cowfs.url.protocol import LONGEST, PIECE, Kind, Message, Version, pack, pack_json, unpack
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class Link:
         fetch = Fetch(next(self._numbers), 0, 0, urgent=True)
         self._opening = (fetch.number, fetch)
         self._thread = threading.Thread(target=self._receive, name="fetched", daemon=True)
-        self._thread.start()
+        start(self._thread)
         self._send_opening()
         if not fetch.wait(_OPENING + _GRACE):
             raise LayerError(f"{self.url}: the process that fetches it does not answer")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fileserver import FileServer, serving
-from tests.support.mounts import cowfs, eventually, mounted
+from tests.support.mounts import COWFS, cowfs, eventually, is_mounted, mounted
 from tests.support.system import as_nobody_prefix, needs_fuse, run
 from tests.support.verity import make_tree
 
@@ -50,6 +50,18 @@ def server(lower: Path) -> Iterator[FileServer]:
 def as_user(script: str, at: Path, *, nobody: bool) -> str:
     """Return what a shell script prints that the user runs in a directory: root cannot see nobody's mount."""
     return run(*(as_nobody_prefix() if nobody else []), "sh", "-c", f"cd '{at}' && {script}").stdout
+
+
+def test_sigterm_unmounts(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    arguments = "mount", server.url(), str(tmp_path / "mnt"), "--store", str(tmp_path / "store"), "-f"
+    with subprocess.Popen([*COWFS, *arguments], stderr=subprocess.PIPE, text=True) as daemon:
+        eventually(lambda: is_mounted(tmp_path / "mnt") or daemon.poll() is not None, "it is mounted")
+        (tmp_path / "mnt/new").write_text("new")
+        daemon.terminate()
+        _out, said = daemon.communicate(timeout=20)
+    assert daemon.returncode == 0, said
+    assert not is_mounted(tmp_path / "mnt")
 
 
 SUM = "find . -type f | sort | xargs cat | cksum"

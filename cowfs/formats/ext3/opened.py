@@ -20,7 +20,7 @@ from cowfs.formats.ext3.records import Facts
 from cowfs.jsontext import local_time
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.linux.remote import may_wait
-from cowfs.linux.signals import held_back
+from cowfs.linux.signals import start
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +155,7 @@ class Opened:
             self._stop.clear()
             name = f"commit {self.name}"
             self._thread = threading.Thread(target=self._commit_now_and_then, name=name, daemon=True)
-            with held_back():  # otherwise a signal could reach this thread while the others block it
-                self._thread.start()
+            start(self._thread)
 
     def _stop_thread(self) -> None:
         self._stop.set()

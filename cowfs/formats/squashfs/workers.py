@@ -11,6 +11,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from cowfs.linux.signals import start
+
 T = TypeVar("T")
 _Task = tuple["Future[Any]", Callable[..., Any], tuple[object, ...]]
 
@@ -53,7 +55,7 @@ class Workers:
         for number in range(self.count):
             thread = threading.Thread(target=self._work, name=f"squashfs-{number}", daemon=True)
             try:
-                thread.start()
+                start(thread)
             except RuntimeError:  # too many processes, or too little memory
                 return
             self._threads.append(thread)
