@@ -23,7 +23,7 @@ _ACLS = b"system.posix_acl_"
 def _must_have(fs: OverlayFs, node: Node) -> None:
     """EOPNOTSUPP where no file is to have attributes."""
     if not fs.options.has_xattrs:
-        raise error(errno.EOPNOTSUPP, node.name)
+        raise os_error(errno.EOPNOTSUPP, node.name)
 
 
 def getxattr(fs: OverlayFs, node: Node, name: bytes) -> bytes:
