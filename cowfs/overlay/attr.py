@@ -59,8 +59,8 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
         fs.stat(node)  # reads the lower, which may fail: so do it before any change
     key = node.upper
     if new.size is not None:
-        drop_set_id(fs, node, new.writer)
         fs.upper.truncate(key, new.size)
+        drop_set_id(fs, node, new.writer)  # a failure keeps them
     elif node.mode & SET_ID and new.is_nothing:
         drop_set_id(fs, node, new.writer)
     if new.uid is not None or new.gid is not None:

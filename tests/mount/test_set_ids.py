@@ -46,5 +46,5 @@ def test_set_id_bits(tmp_path: Path, ext3: Path, store: str) -> None:
     finally:
         shutil.rmtree(bare)
         shutil.rmtree(beside, ignore_errors=True)
-    assert len(wanted) == 1000
+    assert len(wanted) == 1025
     assert {name: (found[name], told) for name, told in wanted.items() if found[name] != told} == {}

@@ -150,6 +150,7 @@ OPERATIONS: dict[str, Callable[[str], Any]] = {
     "truncate to its size": lambda path: os.truncate(path, os.stat(path).st_size),
     "truncate to nothing": lambda path: os.truncate(path, 0),
     "truncate to more": lambda path: os.truncate(path, 20_000),
+    "truncate to too much": lambda path: os.truncate(path, 1 << 62),
     "ftruncate": _opened(os.O_RDWR, lambda fd: os.ftruncate(fd, 1)),
     "open with O_TRUNC": _opened(os.O_WRONLY | os.O_TRUNC),
     "open to write": _opened(os.O_WRONLY),
