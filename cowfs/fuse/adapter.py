@@ -139,7 +139,10 @@ class Adapter(BeyondHandlers):
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
-        return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx.umask), rdev, owner))
+        made = self._fs.mknod(parent, name, self._masked(parent, mode, ctx.umask), rdev, owner)
+        if stat.S_ISREG(mode):
+            self._no_capability.add(made[0].ino)
+        return self._given(made)
 
     @changing
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:

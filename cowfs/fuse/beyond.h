@@ -10,6 +10,9 @@
 /* The handle number of these requests. */
 #define BEYOND (UINT64_C(1) << 60)
 
+/* The name in a CREATE that was a TMPFILE. */
+#define NO_NAME "/"
+
 /* Examine a received request of *size* bytes, and change it if necessary; return its new size. */
 size_t beyond_received(void *request, size_t size);
 

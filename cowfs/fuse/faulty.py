@@ -9,6 +9,7 @@ import errno
 import functools
 import inspect
 import os
+import stat
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
@@ -105,7 +106,8 @@ def _seen(adapter: Any, name: str, args: dict[str, Any]) -> Iterator[Seen]:
         for operation in _set(args["fields"]):
             yield operation, paths
         return
-    yield OPERATIONS[name], paths
+    makes_file = name == "mknod" and stat.S_ISREG(args["mode"])
+    yield "create" if makes_file else OPERATIONS[name], paths
     if name == "open" and args["flags"] & os.O_TRUNC:
         yield "truncate", paths
 

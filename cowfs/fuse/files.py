@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
@@ -132,10 +131,6 @@ class FileHandlers(NodeHandlers):
             await self._within_reach(parent)
         self._files.must_have(ctx.uid)
         mode = self._masked(parent, mode, ctx.umask)
-        if libfuse.opens_nothing() and name != libfuse.NO_NAME:
-            node, attr = self._fs.mknod(parent, name, stat.S_IFREG | mode, 0, owner)
-            self._no_capability.add(node.ino)
-            return FileInfo(fh=_UNKNOWN), self._given((node, attr))
         if name == libfuse.NO_NAME:
             node, attr, file = self._fs.create_unnamed(parent, mode, owner)
         else:

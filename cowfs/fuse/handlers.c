@@ -112,8 +112,18 @@ static void on_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
 
 static void on_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, struct fuse_file_info *fi)
 {
-	if (!handlers_unopened || !shortcut_create(req, parent, name, mode, fi))
+	/* If files are not opened, the kernel need not send CREATE either: from then on it sends MKNOD, which opens
+	 * nothing, and so it sends no RELEASE. */
+	if (handlers_unopened && strcmp(name, NO_NAME))
+		fuse_reply_err(req, ENOSYS);
+	else
 		handlers_theirs.create(req, parent, name, mode, fi);
+}
+
+static void on_mknod(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, dev_t device)
+{
+	if (!handlers_unopened || !S_ISREG(mode) || !shortcut_create(req, parent, name, mode))
+		handlers_theirs.mknod(req, parent, name, mode, device);
 }
 
 static void on_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode)
@@ -266,6 +276,7 @@ struct fuse_lowlevel_ops *handlers_wrap(const struct fuse_lowlevel_ops *op, size
 	WRAP(fsyncdir);
 	WRAP(lookup);
 	WRAP(create);
+	WRAP(mknod);
 	WRAP(mkdir);
 	WRAP(symlink);
 	WRAP(link);

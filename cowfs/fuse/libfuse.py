@@ -268,7 +268,8 @@ def serve_inodes(find: Callable[[int], int], engine: tuple[int, ...], atime: int
     :func:`stop_inodes` or :func:`prepare`.
 
     *find* returns the number of the inode in the store's image that has all of a node, negated if it may only
-    be read; 0 if there is none.
+    be read; 0 if there is none. For a merged directory, it returns the negated number of the upper directory,
+    with the number of directories that only the lowers have, plus 1, in the bits from 32 on.
     *engine* is :meth:`cowfs.formats.ext3.image.Image.calls` of the image, which must stay open until then.
     *atime*: when reading updates it: 0 never, 1 by the rule of relatime, 2 always.
     """

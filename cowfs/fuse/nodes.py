@@ -100,6 +100,9 @@ class NodeHandlers(Handlers):
 
         The result is negative if it may only be read, since the inode may be protected. A device may be
         stored as a file, and what C sees there is not what users see.
+
+        For a merged directory, the result is that of the upper directory, negative, with the number of
+        directories that only the lowers have, plus 1, in the bits from 32 on.
         """
         node = self._fs.nodes.get(ino)
         if (
@@ -110,9 +113,12 @@ class NodeHandlers(Handlers):
             or node.indexed is not None
             or node.dead
             or ino & APART
-            or (node.below != () if node.children is not None else not stat.S_ISREG(node.mode))
+            or (node.children is None and not stat.S_ISREG(node.mode))
         ):
             return 0
+        if node.children is not None and node.below != ():
+            below = self._fs.below.get(node)
+            return 0 if below is None else -(node.upper | below + 1 << 32)
         return int(node.upper) if node.protection == 0 else -node.upper
 
     def _node(self, ino: int) -> Node:

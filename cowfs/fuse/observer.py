@@ -13,6 +13,7 @@ import copy
 import functools
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable
 from typing import Any
@@ -311,6 +312,14 @@ def _making(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
 
         return handler
 
+    async def mknod(parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        entry = await plain.mknod(parent, name, mode, rdev, ctx)
+        if stat.S_ISREG(mode):
+            created(ctx, parent, name, entry.st_ino)
+        else:
+            named("mknod", ctx, (nodes.get(parent), name), nodes.get(entry.st_ino))
+        return entry
+
     async def create(parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
         info, entry = await plain_create(parent, name, mode, flags, ctx)
         created(ctx, parent, name, entry.st_ino)
@@ -329,8 +338,8 @@ def _making(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
             named("link", ctx, before, node, place)
         return entry
 
-    makers = {operation: maker(operation) for operation in ("mkdir", "mknod", "symlink")}
-    return {**makers, "create": create, "link": link}
+    makers = {operation: maker(operation) for operation in ("mkdir", "symlink")}
+    return {**makers, "mknod": mknod, "create": create, "link": link}
 
 
 def _taking(plain: HandlerTable, observer: Observer) -> dict[str, Any]:

@@ -206,29 +206,23 @@ static bool make(enum function which, fuse_req_t req, fuse_ino_t parent, const c
 	return true;
 }
 
-bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, const struct fuse_file_info *fi)
-{
-	struct fuse_entry_param entry;
-
-	if (!may_change(CREATE) || !make(CREATE, req, parent, name, PyLong_FromUnsignedLong(mode), &entry))
-		return false;
-	struct fuse_file_info opened = *fi;
-	opened.fh = 0;
-	opened.keep_cache = 1;
-	no_capability_add(entry.ino);
-	if (entry.ino)
-		fuse_reply_create(req, &entry, &opened);
-	else
-		fuse_reply_err(req, EIO);
-	return true;
-}
-
 static void reply_made(fuse_req_t req, const struct fuse_entry_param *entry)
 {
 	if (entry->ino)
 		fuse_reply_entry(req, entry);
 	else
 		fuse_reply_err(req, EIO);
+}
+
+bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode)
+{
+	struct fuse_entry_param entry;
+
+	if (!may_change(CREATE) || !make(CREATE, req, parent, name, PyLong_FromUnsignedLong(mode), &entry))
+		return false;
+	no_capability_add(entry.ino);
+	reply_made(req, &entry);
+	return true;
 }
 
 bool shortcut_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode)

@@ -16,7 +16,7 @@ void shortcuts_reset(void);
 /* These answer a request, and return false if pyfuse3's handler must answer it. Then nothing has happened. */
 bool shortcut_lookup(fuse_req_t req, fuse_ino_t parent, const char *name);
 bool shortcut_getattr(fuse_req_t req, fuse_ino_t ino);
-bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, const struct fuse_file_info *fi);
+bool shortcut_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode);
 bool shortcut_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode);
 bool shortcut_symlink(fuse_req_t req, const char *target, fuse_ino_t parent, const char *name);
 bool shortcut_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const char *name);

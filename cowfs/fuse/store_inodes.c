@@ -55,8 +55,8 @@ void store_inodes_reset(void)
 	store.image = NULL;
 }
 
-/* Return the number of the inode in the image that a node is; 0: Python must answer. */
-static uint32_t find(fuse_ino_t ino, bool to_change)
+/* Ask Python which inode of the image a node is: what find() returns. */
+static int64_t ask(fuse_ino_t ino)
 {
 	if (!store.find)
 		return 0;
@@ -69,7 +69,17 @@ static uint32_t find(fuse_ino_t ino, bool to_change)
 		PyErr_WriteUnraisable(store.find);
 		return 0;
 	}
-	return inode >= 0 ? inode : to_change ? 0 : -inode;
+	return inode;
+}
+
+/* Return the number of the inode in the image that has all of a node; 0: Python must answer. */
+static uint32_t find(fuse_ino_t ino, bool to_change)
+{
+	int64_t inode = ask(ino);
+
+	if (inode < 0)
+		inode = to_change ? 0 : -inode;
+	return inode > UINT32_MAX ? 0 : (uint32_t)inode;
 }
 
 /* The same for a change; a small file of a lower is copied up for it. */
@@ -136,17 +146,30 @@ int store_entry(uint32_t inode, struct fuse_entry_param *entry)
 	return failure ? failure : to_stat(&attr, 0, &entry->attr) ? 0 : -EOVERFLOW;
 }
 
+/* Add the directories that only the lowers have to the link count of a merged directory. If the image does not count
+ * them, nor does the union. */
+static bool add_links(struct x3_attr *attr, int64_t merged)
+{
+	if (attr->nlink > 1)
+		attr->nlink += (uint32_t)(merged >> 32) - 1;
+	return S_ISDIR(attr->mode);
+}
+
 bool store_getattr(fuse_req_t req, fuse_ino_t ino)
 {
 	struct x3_attr attr;
-	uint32_t inode = find(ino, false);
+	int64_t inode = ask(ino);
 	int failure;
 
 	if (!inode)
 		return false;
+	if (inode < 0)
+		inode = -inode;
 	Py_BEGIN_ALLOW_THREADS
-	failure = store.getattr(store.image, inode, &attr);
+	failure = store.getattr(store.image, (uint32_t)inode, &attr);
 	Py_END_ALLOW_THREADS
+	if (inode > UINT32_MAX && !add_links(&attr, inode))
+		return false;
 	/* For other types, and files with several names, Python must look further. */
 	if (failure || !(S_ISDIR(attr.mode) || (S_ISREG(attr.mode) && attr.nlink == 1)))
 		return false;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -41,9 +42,9 @@ def opening(init):
 
 Adapter.__init__ = opening(Adapter.__init__)
 for name in (
-    "_beyond", "create", "fsyncdir", "getattr", "getxattr", "link", "listxattr", "lookup", "mkdir", "opendir",
-    "read", "readdir", "readlink", "releasedir", "rename", "setattr", "setxattr", "symlink", "unlink",
-    "write",
+    "_beyond", "create", "fsyncdir", "getattr", "getxattr", "link", "listxattr", "lookup", "mkdir", "mknod",
+    "opendir", "read", "readdir", "readlink", "releasedir", "rename", "setattr", "setxattr", "symlink",
+    "unlink", "write",
 ):
     setattr(Adapter, name, noting(name, getattr(Adapter, name)))
 sys.exit(main(sys.argv[2:]))
@@ -263,6 +264,7 @@ _SHORTCUTS = (
     "listxattr",
     "lookup",
     "mkdir",
+    "mknod",
     "read",
     "readdir",
     "setxattr",
@@ -339,6 +341,54 @@ def _stat_of(path: Path | os.DirEntry[str]) -> tuple[int, ...]:
         now.st_ino, now.st_mode, now.st_nlink, now.st_uid, now.st_rdev, now.st_size, now.st_blocks,
         now.st_atime_ns, now.st_mtime_ns, now.st_ctime_ns,
     )  # fmt: skip
+
+
+@needs_mksquashfs
+def test_files_are_created_without_being_opened(over_squashfs: Noted) -> None:
+    top = over_squashfs.path
+    (top / "d/first").write_bytes(b"1")
+    before = _served(top)
+    for number in range(10):
+        with open(os.open(top / f"d/{number}.new", os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o400), "rb+") as file:
+            file.write(b"new")
+            file.seek(0)
+            assert file.read() == b"new"
+    with pytest.raises(FileExistsError):
+        os.open(top / "d/1.new", os.O_CREAT | os.O_EXCL)
+    os.close(os.open(top / "d/1.new", os.O_CREAT))
+    after = _served(top)
+    new = {kind: count - before.get(kind, 0) for kind, count in after.items() if count != before.get(kind, 0)}
+    assert new.keys() & {"CREATE", "MKNOD", "OPEN", "RELEASE"} == {"MKNOD"} and new["MKNOD"] == 10
+    assert (top / "d/9.new").stat().st_mode == 0o100400
+
+
+def _served(top: Path) -> dict[str, int]:
+    """Return the number of requests of each kind."""
+    told = json.loads(cowfs("info", "--json", top, check=True).stdout)
+    return {kind: said["count"] for kind, said in told["requests"]["operations"].items()}
+
+
+@needs_mksquashfs
+def test_merged_directories_have_the_right_link_count(over_squashfs: Noted) -> None:
+    top = over_squashfs.path
+    assert (top / "d").stat().st_nlink == 102
+    os.utime(top / "d", (8, 8))
+    (top / "d").chmod(0o1750)
+    over_squashfs.forget()
+    (top / "d/new").mkdir()
+    assert (top / "d").stat().st_nlink == 103
+    (top / "d/7").rmdir()
+    assert (top / "d").stat().st_nlink == 102
+    (top / "d/8").rename(top / "8")
+    now = (top / "d").stat()
+    assert (now.st_nlink, now.st_mode) == (101, 0o41750)
+    assert now.st_mtime_ns > 8 * 10**9
+    (top / "d/1").rename(top / "d/one")
+    (top / "d/new").rename(top / "d/1")
+    assert (top / "d").stat().st_nlink == 101
+    assert not over_squashfs.requests("getattr")
+    over_squashfs.remount()
+    assert (top / "d").stat().st_nlink == 101
 
 
 @needs_mksquashfs
