@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from cowfs.changes import diff
 from cowfs.changes.composite import Above, above
-from cowfs.changes.scan import pieces
 from cowfs.fuse.control import MayHang, in_main_thread
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.layers.slow import SlowLayer
@@ -80,8 +79,8 @@ class _InMainThread:
         self._layer = layer
 
     def pieces(self, directory: Key) -> Iterator[list[DirEntry]]:
-        """Yield the entries of a directory, some at a time if the layer can do that."""
-        found = pieces(self._layer, directory)
+        """Read each piece in the main thread."""
+        found = self._layer.pieces(directory)
         while (some := _call(next, found, None)) is not None:
             yield some
 

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import NamedTuple, cast
 
 from cowfs.changes.compare import Inode
-from cowfs.changes.scan import GONE, pieces
+from cowfs.changes.scan import GONE
 from cowfs.errors import os_error
 from cowfs.layers.base import File, Key, LowerLayer, NamesJob, UpperLayer
 from cowfs.overlay.index import Index, open_index
@@ -139,7 +139,7 @@ class Composite:
         """Yield the entries, as many at a time as the layers do; other calls may come in between."""
         seen: set[bytes] = set()
         for number, key in directory.places:
-            for some in pieces(self._stack.layers[number], key):
+            for some in self._stack.layers[number].pieces(key):
                 fresh = [entry for entry in some if entry.name not in seen]
                 seen.update(entry.name for entry in fresh)
                 yield fresh

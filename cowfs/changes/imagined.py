@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cowfs.changes.compare import Inode, shown_xattrs
@@ -98,6 +99,9 @@ class ImaginedUpper:
 
     def readdir(self, directory: Key) -> list[DirEntry]:
         return [DirEntry(name, stat.S_IFMT(one.attr.st_mode)) for name, one in directory.names.items()]
+
+    def pieces(self, directory: Key) -> Iterator[list[DirEntry]]:
+        yield self.readdir(directory)
 
     def names(self, directory: Key) -> list[bytes] | NamesJob:
         return list(directory.names)

@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from cowfs.changes.scan import pieces
 from cowfs.errors import MountFailure
 from cowfs.layers.base import LowerLayer
 from cowfs.overlay.stack import Merging, Path, Place, Stack
@@ -84,7 +83,7 @@ class LowerView:
         names: set[bytes] = set()
         for number, key in directory.places:
             layer = self.layers[number]
-            for some in pieces(layer, key):
+            for some in layer.pieces(key):
                 names.update(entry.name for entry in some if merging.shows(layer, key, entry))
                 yield
         return names

@@ -25,23 +25,12 @@ def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
         return []
 
 
-def pieces(layer: LowerLayer, directory: Key) -> Iterator[list[DirEntry]]:
-    """Yield the entries of a directory, some at a time if the layer can do that; other calls may come in
-    between. Blocks; OSError.
-    """
-    in_pieces = getattr(type(layer), "pieces", None)  # of the class: a proxy may be called elsewhere
-    if in_pieces is None:
-        yield layer.readdir(directory)
-    else:
-        yield from in_pieces(layer, directory)
-
-
 def entries(layer: LowerLayer, directory: Key) -> Iterator[DirEntry | None]:
     """Yield the same entries one by one, and None after some of them: a caller's turn. If the directory was
     removed meanwhile, there are no more.
     """
     with suppress(*GONE):
-        for some in pieces(layer, directory):
+        for some in layer.pieces(directory):
             yield from some
             yield None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.kernel_file import KernelFile
@@ -79,6 +79,12 @@ class ApartLayer(DirectoryLayer):
         if directory is not self.root:
             return super().readdir(directory)
         return [DirEntry(name, 0) for name in self._parts if self.lookup(directory, name) is not None]
+
+    def pieces(self, directory: PathKey) -> Iterator[list[DirEntry]]:
+        if directory is self.root:
+            yield self.readdir(directory)
+        else:
+            yield from super().pieces(directory)
 
     def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
         return super().mkdir(*self._really((directory, name)), mode, uid, gid)

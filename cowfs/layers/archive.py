@@ -108,6 +108,9 @@ class ArchiveLayer:
         """Return all entries. ENOTDIR."""
         return [DirEntry(name, stat.S_IFMT(one.mode)) for name, one in _entries(directory).items()]
 
+    def pieces(self, directory: Inode) -> Iterator[list[DirEntry]]:
+        yield self.readdir(directory)
+
     def names(self, directory: Inode) -> list[bytes]:
         """Return the names only. ENOTDIR."""
         return list(_entries(directory))

@@ -130,6 +130,13 @@ class LowerLayer(Protocol):
         """Return all entries except ``.`` and ``..``, each once, in any order."""
         ...
 
+    def pieces(self, directory: Key) -> Iterator[list[DirEntry]]:
+        """Yield the entries of :meth:`readdir`, some at a time if there are very many and the layer can.
+
+        Other calls may come in between. It may or may not yield names that are added or removed meanwhile.
+        """
+        ...
+
     def names(self, directory: Key) -> list[bytes] | NamesJob:
         """Return the names of :meth:`readdir` without types, which is cheaper.
 

@@ -24,6 +24,7 @@ class FrozenLayer:
         self.lookup = layer.lookup
         self.stat = layer.stat
         self.readdir = layer.readdir
+        self.pieces = layer.pieces
         self.names = layer.names
         self.readlink = layer.readlink
         self.listxattr = layer.listxattr

@@ -239,6 +239,9 @@ class SlowLayer:
     def readdir(self, directory: Key) -> list[DirEntry]:
         return list(self._ask("readdir", directory))
 
+    def pieces(self, directory: Key) -> Iterator[list[DirEntry]]:
+        yield self.readdir(directory)
+
     def names(self, directory: Key) -> list[bytes]:
         return list(self._ask("names", directory))
 

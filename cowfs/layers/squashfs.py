@@ -200,6 +200,9 @@ class SquashfsLayer:
         listing = self._image.listing(directory)
         return [DirEntry(name, type_of(value)) for name, value in listing.items()]
 
+    def pieces(self, directory: int) -> Iterator[list[DirEntry]]:
+        yield self.readdir(directory)
+
     def names(self, directory: int) -> list[bytes] | NamesJob:
         """Return the names only. ENOTDIR, EIO."""
         if self._image.is_long(directory):

@@ -80,6 +80,7 @@ class MappedOwners(WrappedLayer):
         super().__init__(inner)
         self._owners = owners
         self.readdir = inner.readdir
+        self.pieces = inner.pieces
         self.names = inner.names
         self.listxattr = inner.listxattr
         self.handle = inner.handle

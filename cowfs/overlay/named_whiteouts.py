@@ -116,6 +116,9 @@ class NamedWhiteouts(Reworded):
                 shown[name] = DirEntry(name, stat.S_IFCHR)
         return list(shown.values())
 
+    def pieces(self, directory: Key) -> Iterator[list[DirEntry]]:
+        yield self.readdir(directory)
+
     def names(self, directory: Key) -> list[bytes] | NamesJob:
         names = self.inner.names(directory)
         return (lambda: _seen(names())) if callable(names) else _seen(names)
@@ -183,6 +186,7 @@ class OtherXattrs(Reworded):
         super().__init__(inner)
         self.lookup = inner.lookup
         self.readdir = inner.readdir
+        self.pieces = inner.pieces
         self.names = inner.names
         self.stat = inner.stat
         self.handle = inner.handle

@@ -13,7 +13,7 @@ ALLOCATES = frozenset(
     {"create", "mkdir", "symlink", "mknod", "link", "rename", "setxattr", "pwrite", "truncate", "copy_in"}
 )
 CALLS = ALLOCATES | {
-    *("lookup", "stat", "readdir", "names", "readlink", "listxattr", "getxattr", "open", "handle"),
+    *("lookup", "stat", "readdir", "pieces", "names", "readlink", "listxattr", "getxattr", "open", "handle"),
     *(
         "unlink",
         "rmdir",
