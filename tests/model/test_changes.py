@@ -357,6 +357,7 @@ def check_diff(before: Model, after: Model, store: Path) -> None:
         ("image", 1, 2 * ROUND),
         *(pytest.param("image", seed, 10_000, marks=pytest.mark.nightly) for seed in (2, 3)),
         *(pytest.param("directory", seed, 10_000, marks=pytest.mark.nightly) for seed in (4, 5)),
+        *(pytest.param("fakeroot", seed, 10_000, marks=pytest.mark.nightly) for seed in (6, 7)),
     ],
 )
 def test_what_was_changed(tmp_path: Path, kind: str, seed: int, count: int) -> None:
@@ -367,7 +368,7 @@ def test_what_was_changed(tmp_path: Path, kind: str, seed: int, count: int) -> N
     store = tmp_path / ("store.bs" if kind == "image" else "store")
     if kind == "image":
         assert cowfs("create", store, "64").returncode == 0
-    fs = Direct(str(store), list(map(str, places)))
+    fs = Direct(str(store), list(map(str, places)), fakeroot=kind == "fakeroot")
     lower = fs.snapshot()
     model = model_of(layers, places)
     before = copy.deepcopy(model)

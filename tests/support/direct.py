@@ -43,10 +43,11 @@ class Direct:
         wrap: Callable[[UpperLayer], UpperLayer] = lambda layer: layer,
         *,
         slow: bool = False,
+        fakeroot: bool = False,
     ) -> None:
         """Open the union; *wrap* wraps its upper, and *slow* treats its lowers as slow."""
         self._slow = slow
-        self._options = UnionOptions(lowers=tuple(lowers), store=store)
+        self._options = UnionOptions(lowers=tuple(lowers), store=store, fakeroot=fakeroot)
         self._wrap = wrap
         self._taken: list[Node] = []
         self.caching = True
