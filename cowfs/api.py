@@ -443,13 +443,16 @@ def take_back(
     """Give *paths* in a store or a mount the lower's version again, and yield each thing that is done.
 
     *asked* is ``revert`` (without *paths*: of everything), ``undo`` (of the last revert), ``vacuum`` (removes
-    what makes no difference; with *dry_run* only finds it) or ``trash`` (empties the trash). *tick* is told
-    how many changes or names were looked at, and about how many there are, or 0. CowfsError says why it
-    cannot be done.
+    what makes no difference) or ``trash`` (empties the trash). With *dry_run*, ``vacuum`` only finds it, and
+    ``revert`` only finds out what it could not do, and yields one thing without a reason if it would do
+    anything; the others are refused. *tick* is told how many changes or names were looked at, and about how
+    many there are, or 0. CowfsError says why it cannot be done.
     """
     from cowfs.store.format.checkpoints import is_above_deleted
     from cowfs.take_back import offline, request
 
+    if dry_run and asked not in _COMPARING:
+        raise UsageError(f"{asked} has no dry run")
     message = request(
         what=asked, paths=None if paths is None else list(paths), metadata=metadata, dry_run=dry_run
     )

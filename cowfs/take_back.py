@@ -25,6 +25,8 @@ def request(
     what: str, paths: list[bytes] | None = None, *, metadata: bool = False, dry_run: bool = False
 ) -> dict[str, Any]:
     """Return the request to do *what*: ``revert`` (no paths: everything), ``undo``, ``vacuum``, ``trash``."""
+    if what == "revert" and dry_run:
+        what = "rehearse"  # a daemon that does not know this does nothing
     given = None if paths is None else [base64.b64encode(path).decode() for path in paths]
     return {"what": what, "paths": given, "metadata": metadata, "dry_run": dry_run, "counts": True}
 
@@ -39,7 +41,7 @@ Told = Generator[dict[str, Any] | Callable[[], None] | None, None, None]
 def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]) -> Told:
     """Do what is *asked*; yield :data:`cowfs.fuse.control.Replies`. Does not wait for lowers."""
     fs, what = union.overlay, asked.get("what")
-    if union.store.read_only and not (what == "vacuum" and asked.get("dry_run")):
+    if union.store.read_only and not (what in {"rehearse", "vacuum"} and asked.get("dry_run")):
         raise UsageError(f"{union.store.path}: is read-only", "mount it without ro")
     if fs.loaded and what != "trash" and not asked.get("dry_run"):
         raise UsageError(
@@ -50,6 +52,8 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
     if what == "revert":
         back = functools.partial(undo.undo_batch, fs, forget=ask_again)
         steps = revert.revert(fs, _selection(asked), ask_again, back, metadata=bool(asked.get("metadata")))
+    elif what == "rehearse":
+        steps = revert.rehearse(fs, _selection(asked), metadata=bool(asked.get("metadata")))
     elif what == "undo":
         steps = undo.undo(fs, ask_again)
     elif what == "vacuum":

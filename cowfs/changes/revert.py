@@ -98,13 +98,24 @@ def revert(
             batch.remove()
 
 
+def rehearse(fs: Overlay, selection: Selection, *, metadata: bool = False) -> Progress:
+    """Find out what :func:`revert` would do. The store is only read; blocks.
+
+    Yields the steps that would be refused, and one without a reason if something would be done. Raises the
+    CowfsError of what would be refused as a whole.
+    """
+    must_not_wait(fs.lowers)
+    if (yield from is_needed(fs, selection, metadata=metadata)):
+        yield Done(b"")
+
+
 def is_needed(fs: Overlay, selection: Selection, *, metadata: bool = False) -> Look:
     """Return whether :func:`revert` would change anything in a store, which is only read. Blocks.
 
     Raises the CowfsError of what that refuses, except for what only shows after renames.
     """
     changes, renames = Packed(), list[Change]()
-    is_all = not selection.patterns and not metadata
+    is_all = not selection.patterns and not metadata and len(fs.unions()) == 1
     for change in _selected(fs, selection):
         yield None
         if change is None:

@@ -41,7 +41,8 @@ examples:
   cowfs revert /mnt usr --metadata      owners, modes, times and attributes, but not the contents
   cowfs revert /mnt --undo              undo the last revert
 
-Exit codes: 0 done; 1 wrong usage, or nothing to revert; 32 some changes could not be reverted.
+Exit codes: 0 done; 1 wrong usage, or nothing to revert; 32 some changes could not be reverted. They are the
+same with --dry-run.
 """
 
 
@@ -72,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
     _check_usage(args, paths)
     lowers = options.lowers_of(args)
     if args.dry_run:
-        _list(args, what, paths, lowers)
-        return 0
+        return _rehearse(args, what, paths, lowers)
     asked = "undo" if args.undo else "revert"
     count = failed = 0
     word = "brought back" if args.undo else "reverted"
@@ -110,11 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if not count and not failed and args.undo:  # an undo was killed after its last step
         warn("nothing was left to bring back")
     elif not count and not failed:
-        since = last_checkpoint(what)
-        raise UsageError(
-            f"{args.what}: nothing to revert there" + (f" since the checkpoint {since}" if since else ""),
-            f"cowfs diff{f' --since {since}' if since else ''} lists the changes",
-        )
+        raise _nothing(args.what, what)
     sys.stdout.flush()
     if not args.undo and not args.quiet and not (args.json or args.null):
         warn(f"{count} reverted; to undo this, run: cowfs revert {os.path.abspath(what)} --undo")
@@ -129,6 +125,31 @@ def _check_usage(args: argparse.Namespace, paths: list[bytes]) -> None:
         raise UsageError("no path given", "give paths, or --all")
     if paths and args.all:
         raise UsageError("--all reverts everything", "leave out the paths, or --all")
+
+
+def _nothing(named: str, what: str) -> UsageError:
+    """Return the error that nothing is to be reverted in the tree *what*, which the user *named*."""
+    since = last_checkpoint(what)
+    return UsageError(
+        f"{named}: nothing to revert there" + (f" since the checkpoint {since}" if since else ""),
+        f"cowfs diff{f' --since {since}' if since else ''} lists the changes",
+    )
+
+
+def _rehearse(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lowers) -> int:
+    """List what would be reverted, then what could not be; fail as the command itself would."""
+    from cowfs.api import take_back
+    from cowfs.changes.render import escape
+
+    chosen = None if args.all else paths
+    found = list(take_back(what, "revert", chosen, lowers, metadata=args.metadata, dry_run=True))
+    if not found:
+        raise _nothing(args.what, what)
+    _list(args, what, paths, lowers)
+    refused = [done for done in found if done.why_not]
+    for done in refused:
+        warn(f"{escape(done.path) or '/'}: {done.why_not}")
+    return 32 if refused else 0
 
 
 def _list(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lowers) -> None:

@@ -46,6 +46,12 @@ def test_it_changes_no_byte(tmp_path: Path, kind: str) -> None:
     cases: list[tuple[list[str | Path], int, str]] = [
         (["revert", store, "usr/lib", "nothing*"], 1, NOTHING),
         (["revert", store, "etc/new", "--metadata"], 1, NOTHING),
+        (["revert", store, "usr/lib", "nothing*", "-n"], 1, NOTHING),
+        (["revert", store, "etc/new", "--metadata", "-n"], 1, NOTHING),
+        (["revert", store, "etc/apt/list", "-n"], 32, "etc/apt was deleted and created again"),
+        (["revert", store, "usr/sbin", "-n"], 32, "there is another usr/bin now"),
+        (["revert", empty, "--all", "-n"], 1, NOTHING),
+        (["revert", store, "--all", "-n"], 0, ""),
         (["revert", store, "etc/apt/list"], 32, "etc/apt was deleted and created again"),
         (["revert", store, "usr/sbin"], 32, "there is another usr/bin now"),
         (["revert", store, "--undo"], 32, "nothing was reverted"),
@@ -73,4 +79,5 @@ def test_it_changes_no_byte(tmp_path: Path, kind: str) -> None:
     with unchanged(store):
         assert "already exists" in cowfs("checkpoint", store, "one").stderr
         assert NOTHING in cowfs("revert", store, "--all").stderr
+        assert NOTHING in cowfs("revert", store, "--all", "-n").stderr
         cowfs("rollback", store, "one", check=True)

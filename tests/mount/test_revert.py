@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.api import open_changes, take_back
+from cowfs.errors import UsageError
 from tests.mount.test_diff_patch import random_work, script
 from tests.support.mounts import COWFS, cowfs, is_mounted, kernel_overlay, make_store, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
@@ -314,8 +315,10 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
         refused(here.path, "--undo", code=32, word="nothing was reverted")
         refused(here.path, "--all", code=1, word="nothing to revert")
+        refused(here.path, "--all", "-n", code=1, word="nothing to revert")
         script(WORK, here.path)
         changed = tree(here.path)
+        refused(here.path, "old/g", "-n", code=32, word="old was deleted and created again")
         refused(here.path, "old/g", code=32, word="old was deleted and created again")
         refused(here.path, "bin", code=32, word="there is another usr now")
         refused(here.path, code=1, word="--all")
@@ -325,6 +328,9 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         assert tree(here.path) == changed
         dry = cowfs("revert", here.path, "--dry-run", "--all").stdout
         assert dry == cowfs("diff", here.path).stdout
+        assert [done.why_not for done in take_back(str(here.path), "revert", [b"etc"], dry_run=True)] == [""]
+        with pytest.raises(UsageError, match="no dry run"):
+            list(take_back(str(here.path), "undo", dry_run=True))
         assert tree(here.path) == changed
     (tmp_path / "store/cowfs/trash/1").mkdir(parents=True)  # an undo that was killed at its end leaves this
     done = cowfs("revert", tmp_path / "store", "--undo")

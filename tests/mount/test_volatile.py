@@ -161,6 +161,8 @@ def test_the_kernel_shows_the_store_as_before(tmp_path: Path) -> None:
         script(
             at, "echo after >tmp/before; mv tmp/renamed tmp/again; rmdir tmp/full/of tmp/full; echo >home/one"
         )
+        done = cowfs("revert", at, "tmp/before", "home/one", "-n")
+        assert (done.returncode, "volatile" in done.stderr) == (32, True), done
         done = cowfs("revert", at, "tmp/before", "home/one")
         assert "volatile" in done.stderr + done.stdout, done
         assert script(at, "cat tmp/before; ls home") == "after\nmine\nsame\n"
