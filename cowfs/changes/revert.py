@@ -170,6 +170,7 @@ class _Revert:
         self._aside: dict[bytes, tuple[bytes, int]] = {}
         """Files that were in the way of a rename: their temporary path, to their former path and the number
         of moves made before."""
+        self._hidden: uncover.Hidden = {}
         self._removed_aside: set[bytes] = set()
         """The paths of those of them that were then removed."""
         self._homeless: set[bytes] = set()
@@ -314,7 +315,13 @@ class _Revert:
         yield from self._renamed
         # A hard link's name in the lower shows the upper's inode while any other name does. So the reverted
         # names stay hidden until all of them are reverted.
-        hides = bool(self._fs.indexed)
+        try:
+            yield from self._revert_by(plan, hides=bool(self._fs.indexed))
+        finally:
+            uncover.show_no_more(self._fs, self._hidden)
+
+    def _revert_by(self, plan: Packed, *, hides: bool) -> Progress:
+        """Do the steps of a plan; *hides*: whether names stay hidden first."""
         hidden: set[int] = set()
         for line in plan:
             step = step_of(line[1:])
@@ -508,9 +515,12 @@ class _Revert:
             uncover.give_attributes(fs, fs.root, uncover.attributes_of(fs, fs.lowers[number], root), stale)
             return
         place = find(fs, step.path)
-        if step.kind in {"moved", "whiteout", "shown"}:
+        if step.kind == "shown":
+            uncover.show(fs, place.parent, place.name, stale, self._hidden)
+            return
+        if step.kind in {"moved", "whiteout"}:
             kept = self._batch.place(step.number)
-            uncover.uncover(fs, place.parent, place.name, kept, stale, hidden=hidden)
+            uncover.uncover(fs, place.parent, place.name, kept, stale, self._hidden if hidden else None)
             return
         node = fs.resolve(place.parent, place.name)
         if step.kind == "copied":

@@ -36,23 +36,39 @@ UNFINISHED = b".unfinished"
 """How the name of a copy ends until keep_copy() is done with it."""
 Stale = list[tuple[int, bytes | None]]
 """What the kernel must ask for again: a name in a directory, or (None) an inode, by the union's numbers."""
+Hidden = dict[tuple[Node, bytes], Node]
+"""Files whose names show nothing until they show the lower's: by directory and name."""
 
 
 def uncover(
-    fs: OverlayFs, parent: Node, name: bytes, place: Place | None, stale: Stale, *, hidden: bool = False
+    fs: OverlayFs, parent: Node, name: bytes, place: Place | None, stale: Stale, hidden: Hidden | None = None
 ) -> bool:
     """Move the upper's entry *name* to *place*. If it is a whiteout, remove it and return False.
 
-    Without a *place*, remove a file of any type. With *hidden*, leave a whiteout where it was.
+    Without a *place*, remove a file of any type. With *hidden*, leave a whiteout where it was: call show()
+    later, and show_no_more() at the end.
 
     ENOENT if the upper has no such name; EBUSY while its data is being copied up.
     """
     with _names_counted(fs, parent, name, stale, moved=place is not None):
-        return _uncover(fs, parent, name, place, stale, hidden=hidden)
+        return _uncover(fs, parent, name, place, stale, hidden)
+
+
+def show(fs: OverlayFs, parent: Node, name: bytes, stale: Stale, hidden: Hidden) -> None:
+    """Remove a whiteout that uncover() has left. Open files of the name are the lower's then.
+
+    EEXIST if something else has the name now.
+    """
+    with _names_counted(fs, parent, name, stale):
+        found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
+        if found is None or not fs.is_whiteout(*found):
+            raise os_error(errno.EEXIST, name)
+        _uncover(fs, parent, name, None, stale, None)
+        _show(fs, parent, name, stale, hidden)
 
 
 def _uncover(
-    fs: OverlayFs, parent: Node, name: bytes, place: Place | None, stale: Stale, *, hidden: bool
+    fs: OverlayFs, parent: Node, name: bytes, place: Place | None, stale: Stale, hidden: Hidden | None
 ) -> bool:
     found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
     if found is None:
@@ -71,14 +87,41 @@ def _uncover(
         else:
             fs.upper.rename((parent.upper, name), place, 0, moved=used)
             away.moved(fs, place, 1)
-        if hidden:
+        if hidden is not None:
             whiteout.make(fs, parent.upper, name)
     parent.added += 1
     fs.below.pop(parent, None)
     if node is not None and not hides:
-        _follow(fs, node, parent, name, stale)
+        if hidden is None or node.is_dir or node.indexed is not None:
+            _follow(fs, node, parent, name, stale)
+        else:
+            fs.nodes.detach(parent, name)
+            node.lookups += 1
+            hidden[parent, name] = node
     stale.append((parent.ino, name))
     return not hides
+
+
+def _show(fs: OverlayFs, parent: Node, name: bytes, stale: Stale, hidden: Hidden) -> None:
+    """Update the file that had a name before it was hidden."""
+    node = hidden.pop((parent, name), None)
+    if node is None:
+        return
+    if fs.nodes.get(node.ino) is node and fs.nodes.child(parent, name) is None:
+        _follow(fs, node, parent, name, stale)
+    else:
+        _lose_name(fs, node, parent, name)
+    node.lookups -= 1
+    fs.release(node)
+
+
+def show_no_more(fs: OverlayFs, hidden: Hidden) -> None:
+    """Forget the files whose names are still hidden: they have lost their names."""
+    while hidden:
+        (parent, name), node = hidden.popitem()
+        _lose_name(fs, node, parent, name)
+        node.lookups -= 1
+        fs.release(node)
 
 
 @contextmanager

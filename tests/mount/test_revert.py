@@ -18,6 +18,7 @@ from cowfs.api import open_changes, take_back
 from cowfs.errors import UsageError
 from tests.mount.test_diff_patch import random_work, script
 from tests.support.mounts import COWFS, cowfs, is_mounted, kernel_overlay, make_store, mounted, project_root
+from tests.support.squashfs import needs_mksquashfs
 from tests.support.system import needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
@@ -265,6 +266,30 @@ def test_attributes_of_what_has_several_names(tmp_path: Path) -> None:
         assert tree(here.path) == before
         reverted(here.path, "--undo")
         assert tree(here.path) == changed
+
+
+@needs_mksquashfs
+def test_an_open_file_beside_changed_hard_links(tmp_path: Path) -> None:
+    """It shows what its name shows, although names are hidden for a moment."""
+    lower, mnt = tmp_path / "lower", tmp_path / "mnt"
+    lower.mkdir()
+    (lower / "one").write_text("1")
+    os.link(lower / "one", lower / "two")
+    (lower / "file").write_text("lower\n")
+    run("mksquashfs", lower, tmp_path / "image", "-quiet", "-no-progress")
+    cowfs("create", tmp_path / "store", "32", check=True)
+    for _ in range(2):
+        with mounted(tmp_path / "image", mnt, tmp_path / "store"):
+            (mnt / "two").write_text("2")
+            (mnt / "file").write_text("upper\n")
+            with (mnt / "file").open("r+") as file:
+                cowfs("revert", mnt / "file", check=True)
+                assert (mnt / "file").read_text() == file.read() == "lower\n"
+                os.pwrite(file.fileno(), b"again", 0)
+                assert (mnt / "file").read_text() == os.pread(file.fileno(), 9, 0).decode() == "again\n"
+                cowfs("revert", mnt / "file", check=True)
+                assert (mnt / "file").read_text() == os.pread(file.fileno(), 9, 0).decode() == "lower\n"
+        cowfs("check", tmp_path / "store", check=True)
 
 
 def test_names_of_a_hard_link(tmp_path: Path) -> None:
