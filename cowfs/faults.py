@@ -59,6 +59,8 @@ def parse(text: str) -> Fault:
         if not isinstance(code, int):
             hint = "give an errno (ENOSPC, EIO …), DELAY=SECONDS or CRASH"
             raise UsageError(f"fault={text}: unknown effect {effect!r}", hint)
+        if code == errno.ENOSYS:  # the kernel would never send such a request again
+            raise UsageError(f"fault={text}: ENOSYS would last until the unmount", "give EOPNOTSUPP")
         fault.code = code
     for word in rest:
         counted = re.fullmatch(r"(AFTER|TIMES)=(\d{1,12})", word)

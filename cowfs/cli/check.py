@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, NoReturn
 
 from cowfs.cli import options
-from cowfs.cli.output import note, say, warn
+from cowfs.cli.output import Tally, note, progress_line, say, warn
 from cowfs.client import find_mount
 from cowfs.errors import StoreError, SystemFailure
 
@@ -36,7 +36,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "check a store", _DESCRIPTION, _EPILOG)
     parser.add_argument("store", metavar="STORE", help="an image or a directory store")
-    parser.add_argument("-n", "--no-changes", action="store_true", help="report errors, but change nothing")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("-n", "--no-changes", action="store_true", help="report errors, but change nothing")
+    how.add_argument(
+        "-y", "--repair-all", action="store_true", help="repair all that e2fsck can, even if files get lost"
+    )
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     parser.set_defaults(run=run)
 
@@ -51,15 +55,21 @@ def run(args: argparse.Namespace) -> int:
     """Check the store; return the exit code of fsck(8)."""
     from cowfs.store.e2fsprogs.tools import FSCK_OPERATIONAL
     from cowfs.store.format.sniff import split_subdir
-    from cowfs.store.offline.check import check_store
+    from cowfs.store.offline.check import Listener, check_store
 
     if find_mount(args.store) is not None:
         warn(f"{args.store}: is a mountpoint, not a store (unmount it, then check its store)")
         return FSCK_OPERATIONAL
     try:
-        report = check_store(
-            split_subdir(args.store)[0], read_only=args.no_changes, progress=_ignored if args.json else note
-        )
+        with progress_line() as show:
+            tally = Tally(show, "names")
+            listener = Listener(_ignored if args.json else note, show, tally.add)
+            report = check_store(
+                split_subdir(args.store)[0],
+                read_only=args.no_changes,
+                repair_all=args.repair_all,
+                listener=listener,
+            )
         return (_show_json if args.json else _show)(args.store, report)
     except (StoreError, SystemFailure) as error:
         warn(str(error))

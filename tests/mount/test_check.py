@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from cowfs.linux import safe_paths
+from cowfs.store.offline.check import Listener, check_store
 from cowfs.store.served.open import open_store
 from tests.mount.test_store_cli import refused
-from tests.support.mounts import cowfs, eventually
+from tests.support.mounts import cowfs, eventually, mounted, project_root
 from tests.support.programs import replaced
 from tests.support.system import needs_root, run
 
@@ -59,6 +60,34 @@ def test_check_of_what_cannot_be_repaired(store: Path) -> None:
     assert "fsck MANUALLY" not in done.stdout and "\\t" not in done.stdout
     assert "(cowfs check without -n repairs what is safe" in cowfs("check", "-n", store).stdout
     assert "ERRORS REMAIN" in done.stdout
+
+
+def test_check_repairs_all_if_asked(store: Path) -> None:
+    """As e2fsck -y; fsck.cowfs passes it on, except with -n."""
+    run("debugfs", "-w", "-R", f"write {__file__} victim", store)
+    run("debugfs", "-w", "-R", "sif victim block[0] 99999999", store)
+    before = store.read_bytes()
+    command = (Path(project_root()) / "mount-helpers/fsck.cowfs", "-a", "-C", "0")
+    assert run(*command, store, check=False).returncode & 4
+    assert run(*command, "-y", "-n", store, check=False).returncode & 4
+    assert cowfs("check", "-n", "-y", store).returncode == 16
+    done = run(*command, "-y", store, check=False)
+    assert done.returncode == 1, done.stdout
+    assert run("e2fsck", "-fn", store, check=False).returncode == 0
+    assert store.read_bytes() != before
+
+
+def test_check_tells_how_far_it_is(store: Path, tmp_path: Path) -> None:
+    """In percent of each pass of e2fsck, and then in names: the command shows both on a terminal."""
+    (tmp_path / "lower").mkdir()
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        for name in "abc":
+            (here.path / name).touch()
+    shown: list[str] = []
+    names: list[None] = []
+    check_store(str(store), listener=Listener(show=shown.append, tick=lambda: names.append(None)))
+    assert {f"e2fsck: pass {number} of 5, 100 %" for number in (1, 2, 3, 5)} <= set(shown)
+    assert len(names) == 3
 
 
 def test_check_of_nothing_is_not_a_clean_store(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_a_crash_leaves_what_was_synced(lower: Path, tmp_path: Path) -> None:
         ("*:write", "not a fault"),
         ("*:wirte:EIO", "unknown operation 'wirte'"),
         ("*:write:ENOSPACE", "unknown effect 'ENOSPACE'"),
+        ("*:setxattr:ENOSYS", "ENOSYS would last until the unmount (give EOPNOTSUPP)"),
         ("*:write:DELAY=soon", "unknown effect 'DELAY=soon'"),
         ("*:write:EIO:AFTER=-1", "neither AFTER=N nor TIMES=N"),
     ],

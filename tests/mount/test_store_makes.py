@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import StoreError, UsageError
-from cowfs.store.offline.check import check_store
+from cowfs.store.offline.check import Listener, check_store
 from cowfs.store.offline.grow import grow_store
 from cowfs.store.offline.info import store_info
 from cowfs.store.served.open import open_store
@@ -74,7 +74,7 @@ def test_a_store_in_it_is_used_and_grown(place: Path, make: Make) -> None:
     fill(path, "process", b"two")
     assert images.unclean(path) is None
     said: list[str] = []
-    assert check_store(str(path), progress=said.append).problems == []
+    assert check_store(str(path), listener=Listener(said.append)).problems == []
     assert names(path) == {b"one", b"two"}
 
 

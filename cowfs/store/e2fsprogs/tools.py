@@ -7,8 +7,9 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -171,23 +172,49 @@ def last_line(output: bytes) -> str:
     return lines[-1] if lines else "no message"
 
 
-def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
+@contextmanager
+def _passes(show: Progress) -> Iterator[int]:
+    """Yield a descriptor to which e2fsck writes how far it is; *show* gets that as text, in a thread."""
+    reading, writing = os.pipe()
+
+    def read() -> None:
+        with open(reading, errors="replace") as lines:
+            for line in lines:
+                number, done, whole, *_ = (*line.split(), "", "", "")  # and the device
+                if done.isdecimal() and whole.isdecimal() and int(whole):
+                    show(f"e2fsck: pass {number} of 5, {100 * int(done) // int(whole)} %")
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        thread.join()
+
+
+def fsck(fd: int, path: str, *options: str, show: Progress | None = None) -> tuple[int, str]:
     """Run ``e2fsck OPTIONS`` on the image behind *fd*; return its exit code (e2fsck(8)) and its output, in
     which the image is called *path*.
 
-    Blocks. e2fsck begins lines with the label of the filesystem. The label of stores is *cowfs*, so the lines
-    would look like our messages: the label is removed.
+    Blocks. *show* gets a text about how far it is, often. e2fsck begins lines with the label of the
+    filesystem. The label of stores is *cowfs*, so the lines would look like our messages: it is removed.
     """
     label = _label(fd)
     if "-n" not in options and not replay(fd):
         flag_recovery(fd)
-    done = run(["e2fsck", *options, place(fd)], pass_fds=[fd], merge=True)
+    if show is None:
+        done = run(["e2fsck", *options, place(fd)], pass_fds=[fd], merge=True)
+    else:
+        with _passes(show) as out:
+            command = ["e2fsck", *options, "-C", str(out), place(fd)]
+            done = run(command, pass_fds=[fd, out], merge=True)
     code = done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL
     said = done.stdout.decode(errors="replace").splitlines(keepends=True)
     return code, "".join(line.removeprefix(f"{label}: ").replace(place(fd), path) for line in said)
 
 
-def fsck_recovered(fd: int, path: str, *, sound: bool) -> tuple[int, str]:
+def fsck_recovered(fd: int, path: str, *, sound: bool, show: Progress | None = None) -> tuple[int, str]:
     """Return the result of ``e2fsck -f -n`` for an image as it would be after a replay of its journal.
 
     Blocks. Nothing is written to the image: its metadata and the journal are copied to memory, and the copy
@@ -204,7 +231,7 @@ def fsck_recovered(fd: int, path: str, *, sound: bool) -> tuple[int, str]:
             return recovery
         if sound:
             fsck(copy, path, "-p")  # frees the inodes without names, and checks nothing
-        return fsck(copy, path, "-f", "-n")
+        return fsck(copy, path, "-f", "-n", show=show)
     finally:
         os.close(copy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -54,30 +54,48 @@ class Entry:
     notes: Notes
 
 
-def check_store(path: str, *, read_only: bool = False, progress: Progress = quiet) -> Report:
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What a check tells while it runs."""
+
+    say: Progress = quiet
+    """Gets the lines that e2fsck prints."""
+    show: Progress | None = None
+    """Gets a text about how far e2fsck is, often, and from another thread."""
+    tick: Callable[[], object] = lambda: None
+    """Called for each name in the store."""
+
+
+def check_store(
+    path: str, *, read_only: bool = False, repair_all: bool = False, listener: Listener | None = None
+) -> Report:
     """Check the store at *path*, an image or a directory; repair its filesystem unless *read_only*. Blocks.
 
-    Violations of the overlay's rules are reported, never repaired. *progress* gets e2fsck's output.
-    StoreError if *path* cannot be checked at all, StoreBusy while it is in use.
+    It repairs what is safe, or with *repair_all* everything, which can lose files. Violations of the
+    overlay's rules are reported, never repaired. StoreError if *path* cannot be checked at all, StoreBusy
+    while it is in use.
     """
     path = os.path.abspath(path)
     if is_plain_directory(path):
         raise StoreError(
             f"{path}: not a store: it has no upper, work and cowfs directory", "give the store itself"
         )
-    report = Report()
+    report, listener = Report(), listener or Listener()
     with ExitStack() as stack:
         try:
             if os.path.isdir(path):
-                _check_inside(_directory(path, read_only, report, stack), report)
+                _check_inside(_directory(path, read_only, report, stack), report, listener)
             else:
-                _check_image(path, read_only, progress, report, stack)
+                how = "-n" if read_only else "-y" if repair_all else "-p"
+                _check_image(path, how, listener, report, stack)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     return report
 
 
-def _check_image(path: str, read_only: bool, progress: Progress, report: Report, stack: ExitStack) -> None:
+def _check_image(path: str, how: str, listener: Listener, report: Report, stack: ExitStack) -> None:
+    """Check an image; *how* is the option of e2fsck: -n, -p, -y."""
+    read_only, progress = how == "-n", listener.say
     fd = open_file(path, read_only=read_only)
     stack.callback(os.close, fd)
     lock.lock(fd, path, shared=read_only, progress=progress)
@@ -89,9 +107,10 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
     with deferred():
         if read_only and superblock.needs_recovery:
             progress(f"{path}: was not cleanly unmounted; checking it as if its journal had been replayed")
-            report.code, said = tools.fsck_recovered(fd, path, sound=not superblock.has_errors)
+            sound = not superblock.has_errors
+            report.code, said = tools.fsck_recovered(fd, path, sound=sound, show=listener.show)
         else:
-            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p")
+            report.code, said = tools.fsck(fd, path, "-f", how, show=listener.show)
     for line in said.splitlines():
         if line.strip() and not line.startswith(_ABOUT_E2FSCK):
             progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
@@ -113,7 +132,7 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
         report.code |= tools.FSCK_OPERATIONAL
         report.checked = False
         return
-    _check_inside(layer, report)
+    _check_inside(layer, report, listener)
 
 
 def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> DirectoryLayer:
@@ -134,7 +153,7 @@ def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> 
     return layer
 
 
-def _check_inside(layer: UpperLayer, report: Report) -> None:
+def _check_inside(layer: UpperLayer, report: Report, listener: Listener) -> None:
     """Check that the filesystem contains a store that follows the rules."""
     header = None
     try:
@@ -159,13 +178,15 @@ def _check_inside(layer: UpperLayer, report: Report) -> None:
     except StoreError as error:
         report.problems.append(str(error))
         report.code |= tools.FSCK_UNCORRECTED
-    found = _broken_layout(layer, names, header)
+    found = _broken_layout(layer, names, header, listener)
     if found:
         report.problems += found
         report.code |= tools.FSCK_UNCORRECTED
 
 
-def _broken_layout(layer: UpperLayer, names: set[bytes], header: Header | None) -> list[str]:
+def _broken_layout(
+    layer: UpperLayer, names: set[bytes], header: Header | None, listener: Listener
+) -> list[str]:
     missing = sorted({layout.UPPER, layout.WORK} - names)
     found = [f"{layer.name}: {os.fsdecode(name)}/ is missing" for name in missing]
     prefix = header.xattrs if header is not None else TRUSTED
@@ -173,10 +194,10 @@ def _broken_layout(layer: UpperLayer, names: set[bytes], header: Header | None) 
         xattrs = XattrFormat(prefix.encode())
         top = layout.find(layer, layout.UPPER)
         if layout.whiteouts_of(layer) == AUFS:
-            return [*found, *_broken_names(_walk(layer, xattrs, top))]
-        found += broken_rules(_walk(layer, xattrs, top), xattrs)
+            return [*found, *_broken_names(_walk(layer, xattrs, top, listener))]
+        found += broken_rules(_walk(layer, xattrs, top, listener), xattrs)
         if header is not None and header.version >= WITH_LAYERS:
-            found += _broken_layers(layer, xattrs, top)
+            found += _broken_layers(layer, xattrs, top, listener)
     return found
 
 
@@ -189,7 +210,7 @@ def _broken_names(entries: Iterator[Entry]) -> Iterator[str]:
             yield f"{shown}: a name of {len(name)} bytes, and aufs shows none of more than {NAME_MAX}"
 
 
-def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterator[str]:
+def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key, listener: Listener) -> Iterator[str]:
     """Yield a line for each problem with the layers of checkpoints."""
     layers = Layers(layer, xattrs.prefix)
     known = layers.all()
@@ -197,13 +218,13 @@ def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterat
     for one in known.values():
         needed.update(one.below)
         called = printable(one.name) or str(one.number)
-        for line in broken_rules(_walk(layer, xattrs, one.key), xattrs):
+        for line in broken_rules(_walk(layer, xattrs, one.key, listener), xattrs):
             yield f"checkpoint {called}: {line}"
     for number in sorted(needed - known.keys()):
         yield f"{layer.name}: cowfs/layers/{number}/ is missing, which holds changes from before a checkpoint"
 
 
-def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[Entry]:
+def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None, listener: Listener) -> Iterator[Entry]:
     """Yield all names below an upper, each directory before its contents."""
     stack: list[tuple[Key, bytes]] = [(top, b"")] if top is not None else []
     while stack:
@@ -217,6 +238,7 @@ def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[E
             if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
                 notes = notes_of(layer, child, xattrs)
             entry = Entry(path + b"/" + name if path else name, attr, notes or {})
+            listener.tick()
             yield entry
             if stat.S_ISDIR(attr.st_mode):
                 stack.append((child, entry.path))
