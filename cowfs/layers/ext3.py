@@ -7,34 +7,23 @@ clears set-ID bits and capabilities on changes, and keeps inodes in use that hav
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import stat
-import struct
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cowfs.errors import NotYetFree, os_error
 from cowfs.formats.ext3 import image as ext3
 from cowfs.formats.ext3.directory import INO, AnyNames, LargeNames, type_of
 from cowfs.formats.ext3.image import Image
-from cowfs.formats.ext3.records import FIRST, time_of
 from cowfs.layers import acl
-from cowfs.layers.base import NamesJob, at_once, may_wait_for_disk
-from cowfs.layers.beneath import open_given
+from cowfs.layers.base import at_once, may_wait_for_disk
 from cowfs.layers.ext3_file import Capabilities, Ext3File, InUse, Key
+from cowfs.layers.ext3_reader import NAME_MAX, Ext3Reader
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from cowfs.types import Atime, Attr, AttrData, DirEntry, FileHandle, FsStats
-
-_FILEID_INO32_GEN = 1
-"""The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
-_HANDLE = struct.Struct("=II")
-_NAME_MAX = 255
-_devices = itertools.count(1)
-_FIRST_DEVICE = 2 << 40
-"""Device numbers of layers that the kernel does not know are beyond its 32 bits; squashfs has 1 << 40."""
+from cowfs.types import Atime, Attr
 
 
 class _Inherit(NamedTuple):
@@ -49,28 +38,15 @@ _NOTHING = _Inherit(-1, b"")
 _ALONE = nullcontext()
 
 
-class Ext3Layer:
+class Ext3Layer(Ext3Reader):
     """Serve an open image as a :class:`cowfs.layers.base.UpperLayer`; the layer owns it from now on."""
 
-    generation: int | None = 0
-    waits = False
-    has_descriptors = False
-    data_only = False
-
     def __init__(self, image: Image) -> None:
-        self.image = image
-        self.name = image.name
-        self.root = Key(ext3.ROOT)
-        self.dev = _FIRST_DEVICE + next(_devices)
-        facts = image.facts()
-        self._uuid = facts.uuid
-        self._block_size = facts.block_size
-        self.fill_unit = 0 if image.read_only else facts.block_size
+        super().__init__(image)
+        self.fill_unit = 0 if image.read_only else self._block_size
         self._in_use = InUse(image)
         self._capabilities = Capabilities(image)
         self.atime = Atime()
-        self.spare_bytes = 0
-        """How much the image can be enlarged when it is full: counted as free."""
         self.is_beyond_room = False
         """Whether the last ENOSPC was for attributes that fit into no inode, whatever the free space."""
         self.later: Callable[[Callable[[], None]], None] = at_once
@@ -78,71 +54,7 @@ class Ext3Layer:
         self.hurry = image.hurry
         self.relieve = image.relieve
 
-    # --- reading
-
-    def lookup(self, directory: int, name: bytes) -> tuple[Key, Attr] | None:
-        """Find *name*; None if it does not exist.
-
-        ENOTDIR, ENAMETOOLONG. EUCLEAN for a directory that is also at another place, so that the tree is
-        finite.
-        """
-        names = self.image.names(directory)
-        value = names.get(name)
-        if value is None:
-            if len(name) > _NAME_MAX:
-                raise os_error(errno.ENAMETOOLONG)
-            return None
-        key = Key(value & INO)
-        fields = self.image.child(directory, key)
-        if stat.S_ISDIR(fields[0]) and names.is_twice(key, name):
-            raise self.image.damaged(f"directory {key} has two names in directory {directory}")
-        return key, self._attributes(key, fields)
-
-    def stat(self, key: int) -> Attr:
-        return self._attributes(key, self.image.raw(key))
-
-    def _attributes(self, ino: int, fields: tuple[int, ...]) -> AttrData:
-        """Convert an inode's attributes from the engine's form to a layer's."""
-        mode, nlink, uid, gid, major, minor, gen, _, size, blocks, atime, mtime, ctime = fields
-        rdev = os.makedev(major, minor) if major or minor else 0
-        if atime < FIRST or mtime < FIRST or ctime < FIRST:  # one is beyond 2262
-            atime, mtime, ctime = time_of(atime), time_of(mtime), time_of(ctime)
-        return AttrData(
-            mode, ino, self.dev, nlink, uid, gid, rdev, size, blocks, self._block_size, atime, mtime, ctime,
-            gen,
-        )  # fmt: skip
-
-    def readdir(self, directory: int) -> list[DirEntry]:
-        """Return all entries, in the order of the directory. ENOTDIR."""
-        return [DirEntry(name, type_of(value)) for name, value in self.image.names(directory).items()]
-
-    def names(self, directory: int) -> list[bytes] | NamesJob:
-        names = self.image.names(directory)
-        if isinstance(names, LargeNames):
-            return lambda: list(self.image.list_large(directory))
-        return list(names)
-
-    def pieces(self, directory: int) -> Iterator[list[DirEntry]]:
-        """Yield the entries, some at a time if there are very many; other calls may come in between.
-
-        It may or may not contain names that are added or removed meanwhile. ENOTDIR, EFBIG.
-        """
-        names = self.image.names(directory)
-        if not isinstance(names, LargeNames):
-            yield self.readdir(directory)
-            return
-        for some in self.image.list_pieces(directory):
-            yield [DirEntry(name, type_of(value)) for name, value in some.items()]
-
-    def readlink(self, key: int) -> bytes:
-        return self.image.readlink(key)
-
-    def listxattr(self, key: int) -> list[bytes]:
-        """Return all names, including trusted.*, whatever the privileges of this process."""
-        return self.image.listxattr(key)
-
-    def getxattr(self, key: int, name: bytes) -> bytes:
-        return self.image.getxattr(key, name)
+    # --- open files and keys
 
     def open(self, key: int, flags: int) -> Ext3File:
         """Open a regular file. EISDIR; ELOOP for a symlink, as with O_NOFOLLOW; ENXIO for the rest."""
@@ -154,64 +66,13 @@ class Ext3Layer:
         return self._open(key, flags)
 
     def _open(self, ino: int, flags: int, *, is_new: bool = False) -> Ext3File:
-        show = self._attributes
+        show = self.attributes
         return Ext3File(self.image, ino, flags, self._in_use, self._capabilities, show, is_new=is_new)
 
     def _must_be_regular(self, key: int) -> None:
         kind = stat.S_IFMT(self.image.raw(key)[0])
         if kind != stat.S_IFREG:
             raise os_error({stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO))
-
-    def statfs(self) -> FsStats:
-        """Return the figures like the kernel's ext3, but count the blocks of removed files as free at once.
-
-        Do not count, as total or free, blocks that a sparse image does not have and that its disk cannot
-        hold.
-        """
-        facts = self.image.facts()
-        spare = self.spare_bytes // facts.block_size
-        free = facts.free_blocks * facts.block_size
-        can_be_had = facts.disk_free + max(free - facts.missing, 0)
-        spare -= max(free - can_be_had, 0) // facts.block_size
-        spare_inodes = facts.inodes * max(spare, 0) // facts.blocks
-        return FsStats(
-            bsize=facts.block_size,
-            frsize=facts.block_size,
-            blocks=facts.blocks - facts.overhead + spare,
-            bfree=facts.free_blocks + spare,
-            bavail=max(facts.free_blocks - facts.reserved + spare, 0),
-            files=facts.inodes + spare_inodes,
-            ffree=facts.free_inodes + spare_inodes,
-            favail=facts.free_inodes + spare_inodes,
-        )
-
-    def shrink(self) -> None:
-        """Forget what can be read again."""
-        self.image.shrink()
-
-    def caches(self) -> dict[str, tuple[int, int]]:
-        """Return cache hits and misses of blocks, by kind."""
-        facts = self.image.facts()
-        return {"ext3 metadata": (facts.cache_hits, facts.cache_misses)}
-
-    def handle(self, key: int) -> FileHandle:
-        """Return what name_to_handle_at(2) returns for the same inode of the mounted image."""
-        return FileHandle(
-            _FILEID_INO32_GEN, _HANDLE.pack(key, self.image.getattr(key).generation), self._uuid
-        )
-
-    def handle_ino(self, handle: FileHandle) -> int | None:
-        if handle.uuid != self._uuid or handle.type not in {1, 2} or len(handle.data) < _HANDLE.size:
-            return None
-        ino, generation = _HANDLE.unpack_from(handle.data)
-        try:
-            found = self.image.getattr(ino)
-        except OSError:
-            return None
-        return int(ino) if found.nlink and found.generation == generation else None
-
-    def numbered(self, ino: int) -> Key:
-        return Key(ino)
 
     def forget(self, key: int) -> None:
         """Release a key. If it kept an inode without a name, free that inode once none of its files is
@@ -315,7 +176,7 @@ class Ext3Layer:
         return names
 
     def _must_take(self, directory: int, name: bytes) -> None:
-        if len(name) > _NAME_MAX:
+        if len(name) > NAME_MAX:
             raise os_error(errno.ENAMETOOLONG)
         if self._in_use.is_nameless(directory):
             raise os_error(errno.ENOENT)
@@ -366,7 +227,7 @@ class Ext3Layer:
         """Return the inode number and type of a name. ENOENT."""
         value = self.image.names(directory).get(name)
         if value is None:
-            raise os_error(errno.ENOENT if len(name) <= _NAME_MAX else errno.ENAMETOOLONG)
+            raise os_error(errno.ENOENT if len(name) <= NAME_MAX else errno.ENAMETOOLONG)
         return self._ino_and_type(value)
 
     def _ino_and_type(self, value: int) -> tuple[int, int]:
@@ -526,17 +387,8 @@ class Ext3Layer:
 
     # --- flags
 
-    def getflags(self, key: int) -> int:
-        return self.image.getattr(key).flags & _FLAGS_SHOWN
-
     def setflags(self, key: int, flags: int) -> None:
         self.image.setflags(key, flags)
-
-    def version(self, key: int) -> int:
-        return self.image.getattr(key).generation
-
-    def birth(self, key: int) -> int | None:
-        return self.image.birth(key)
 
     # --- durability
 
@@ -573,19 +425,8 @@ class Ext3Layer:
         self._in_use.unhide(place)
 
 
-def open_ext3(path: str, **how: Any) -> Ext3Layer:
-    """Open an image as a layer; *how* are arguments of Image. Raises the errors of open(2) and Image."""
-    fd = open_given(path, os.O_RDONLY if how.get("read_only") else os.O_RDWR)
-    try:
-        return Ext3Layer(Image(fd, os.path.abspath(path), **how))
-    finally:
-        os.close(fd)
-
-
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 _XATTR_SIZE_MAX = 65536
-_FLAGS_SHOWN = 0x725BDFFF
-"""EXT4_FL_USER_VISIBLE in fs/ext4/ext4.h."""
 
 
 def _may_have_user(mode: int) -> bool:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from cowfs.formats.ext3.directory import LARGE
-from cowfs.layers.ext3 import Ext3Layer, open_ext3
+from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.ext3_file import Key
 from cowfs.overlay.file import seek
 from cowfs.overlay.handle import Handle
@@ -25,6 +25,7 @@ from cowfs.overlay.node import Node
 from tests.ext3 import images
 from tests.ext3.reader import Image as Reader
 from tests.support.direct import Direct
+from tests.support.ext3 import open_ext3
 from tests.support.mounts import Mounted, cowfs, mounted, project_root
 from tests.support.squashforge import Entry, Forge, place
 from tests.support.system import needs_fuse, needs_root, run
@@ -283,7 +284,7 @@ def test_what_mke2fs_does_not_make_is_refused_at_once(image: Path, forge: Callab
         forge(forged)
     before = image.stat().st_mtime_ns, image.stat().st_blocks
     program = (
-        "import resource, sys; from cowfs.layers.ext3 import open_ext3\n"
+        "import resource, sys; from tests.support.ext3 import open_ext3\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (256 << 20, 256 << 20))\n"
         "for read_only in (True, False):\n"
         "    try: open_ext3(sys.argv[1], read_only=read_only)\n"

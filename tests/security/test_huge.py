@@ -18,8 +18,8 @@ import pytest
 
 from cowfs.formats.squashfs.xattrs import COUNT_MAX
 from cowfs.layers.directory import open_directory
-from cowfs.layers.ext3 import open_ext3
 from tests.ext3 import images
+from tests.support.ext3 import open_ext3
 from tests.support.mounts import COWFS, Mounted, eventually, mounted
 from tests.support.squashforge import Entry, Forge
 from tests.support.system import needs_fuse, needs_root, run

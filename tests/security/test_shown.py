@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.layers.ext3 import open_ext3
 from cowfs.linux import trust
 from cowfs.linux.trust import is_public
+from tests.support.ext3 import open_ext3
 from tests.support.mounts import Mounted, cowfs, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 

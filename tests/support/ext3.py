@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cowfs.formats.ext3.image import Image
 from cowfs.layers.base import Key, LowerLayer
+from cowfs.layers.beneath import open_given
 from cowfs.layers.directory import DirectoryLayer, open_directory
-from cowfs.layers.ext3 import Ext3Layer, open_ext3
+from cowfs.layers.ext3 import Ext3Layer
 from tests.support.system import run
 
 FEATURES = "has_journal,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
@@ -23,6 +25,15 @@ FIELDS = (
     *("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks", "st_blksize"),
     *("st_atime_ns", "st_mtime_ns", "st_ctime_ns"),
 )
+
+
+def open_ext3(path: str, **how: Any) -> Ext3Layer:
+    """Open an image as a layer; *how* are arguments of Image. Raises the errors of open(2) and Image."""
+    fd = open_given(path, os.O_RDONLY if how.get("read_only") else os.O_RDWR)
+    try:
+        return Ext3Layer(Image(fd, os.path.abspath(path), **how))
+    finally:
+        os.close(fd)
 
 
 def make(
