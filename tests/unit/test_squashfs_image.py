@@ -273,15 +273,21 @@ def test_handles_lead_back_to_inode_numbers(image: Path, opened: Open) -> None:
         1, struct.pack("<II", layer.stat(key).st_ino, 0), bytes(16)
     )
     assert layer.handle_ino(handle) == layer.stat(key).st_ino
+    last = layer.statfs().files
+    assert layer.handle_ino(FileHandle(1, struct.pack("<II", last, 0))) == last
     for foreign in (
         FileHandle(2, handle.data),
         FileHandle(1, handle.data + b"\0"),
         FileHandle(1, handle.data, b"x" * 16),
         FileHandle(1, struct.pack("<II", 1, 1)),
         FileHandle(1, struct.pack("<II", 0, 0)),
+        FileHandle(1, struct.pack("<II", last + 1, 0)),
         FileHandle(1, struct.pack("<II", 1 << 31, 0)),
     ):
         assert layer.handle_ino(foreign) is None
+    layer.uuid = b"y" * 16  # handles of earlier mounts have none
+    for given in (bytes(16), layer.uuid):
+        assert layer.handle_ino(handle._replace(uuid=given)) == layer.stat(key).st_ino
 
 
 def test_identity_is_of_the_tree_and_not_of_the_file(
