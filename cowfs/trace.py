@@ -28,7 +28,8 @@ _MOST_BYTES = 80
 
 _CHANGES = (
     *("create", "mkdir", "symlink", "mknod", "link", "unlink", "rmdir", "rename"),
-    *("chmod", "chown", "utimens", "truncate", "setxattr", "removexattr", "sync"),
+    *("add_file", "copy_in", "remove_file"),
+    *("chmod", "chown", "utimens", "truncate", "setxattr", "removexattr", "setflags", "sync"),
 )
 
 

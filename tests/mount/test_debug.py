@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,12 @@ def test_each_topic_tells_its_part(lower: Path, tmp_path: Path) -> None:
     told = log_of(lower, tmp_path / "other", "debug=store")
     assert "store: create " in told and "store: mknod " in told
     assert "debug" not in log_of(lower, tmp_path)
+
+
+def test_a_copy_in_one_step_is_told_too(lower: Path, tmp_path: Path) -> None:
+    cowfs("create", tmp_path / "store", "16", check=True)
+    told = log_of(lower, tmp_path, "debug=store")
+    assert re.search(r"store: copy_in \d+ fstab ", told) and "store: mknod " in told
 
 
 def test_a_topic_that_is_none(lower: Path, tmp_path: Path) -> None:
