@@ -255,7 +255,8 @@ def guarded(call: object) -> int:
             return EXIT_SYSTEM
         is_named = isinstance(error.filename, (str, bytes))  # it may be the number of a descriptor
         where = os.fsdecode(error.filename) + ": " if is_named else ""
-        warn(f"{where}{error.strerror or error}")
+        hint = " (is /proc mounted?)" if where.startswith("/proc/self/") else ""
+        warn(f"{where}{error.strerror or error}{hint}")
         return EXIT_SYSTEM
 
 

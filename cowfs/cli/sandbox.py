@@ -105,7 +105,9 @@ class Sandbox:
 
     def enter(self) -> None:
         """Make this the root of the process; keep the working directory if it exists in the root."""
-        here = os.path.relpath(os.getcwd(), self._lower) if self.is_directory else ".."
+        here = ".."
+        with suppress(FileNotFoundError):  # it was removed
+            here = os.path.relpath(os.getcwd(), self._lower) if self.is_directory else ".."
         mounts.change_root(self.path)
         with suppress(OSError):
             os.chdir(here if here.split("/")[0] != ".." else "/")

@@ -78,5 +78,6 @@ def _explained(error: Exception) -> Exception:
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    lines = text.splitlines()
     return lines[0] if lines else type(error).__name__

@@ -34,8 +34,9 @@ def check(url: str) -> None:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise UsageError(f"{url}: not a URL: {error}", "write it as https://HOST/PATH") from None
+    except ValueError:
+        hint = "write it as https://HOST/PATH or https://HOST:PORT/PATH"
+        raise UsageError(f"{url}: the host or the port is not valid", hint) from None
     if parts.password is not None or (parts.scheme in {"http", "https"} and parts.username is not None):
         shown = url.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
         raise UsageError(f"{shown}: a login in a URL is shown to all users", "write it into ~/.netrc")

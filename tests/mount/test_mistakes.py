@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from cowfs.cli.main import SUBCOMMANDS
 from tests.support import tree
 from tests.support.mounts import COWFS, Mounted, cowfs, mounted, project_root
-from tests.support.system import needs_fuse, needs_root
+from tests.support.system import needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
 
@@ -192,6 +193,25 @@ def test_a_removed_current_directory_is_named(tmp_path: Path) -> None:
             continue
         assert done.returncode == 2 and len(lines) == 1, done
         assert lines[0].startswith("cowfs: the current directory has been removed ("), done
+
+
+@needs_root
+def test_without_proc_that_is_said() -> None:
+    script = f'mount -t tmpfs none /proc; exec {sys.executable} -m cowfs.cli.main "$@"'
+    done = run("unshare", "-m", "sh", "-c", script, "sh", "list", check=False)
+    expected = "cowfs: /proc/self/mountinfo: No such file or directory (is /proc mounted?)\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
+@needs_root
+def test_a_removed_current_directory_is_not_needed_in_a_sandbox(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    words = [*COWFS, "run", "--root", "/", "--discard", "--", "pwd"]
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    env = {**os.environ, "PYTHONPATH": project_root()}
+    command = ["/bin/sh", "-c", script, str(tmp_path / "gone"), *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "/\n"), done.stderr
 
 
 def outcome(line: str, where: str) -> tuple[int, str]:

@@ -447,7 +447,7 @@ def test_no_server_is_told_of_in_one_line() -> None:
         ("https://host", "names no file"),
         ("s3://bucket/", "names no file .write it as s3://HOST/PATH"),
         ("https:///x", "names no host"),
-        ("http://host:1x/y", "not a URL"),
+        ("http://host:1x/y", "the port is not valid"),
         ("http://host/a b", "no spaces"),
     ],
 )
