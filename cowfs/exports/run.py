@@ -13,6 +13,7 @@ from typing import Protocol
 
 from cowfs.changes import pairs, patch
 from cowfs.changes.names import Expect
+from cowfs.changes.paths import join
 from cowfs.changes.version import Tree
 from cowfs.errors import SystemFailure, UsageError
 from cowfs.exports import iso, lists, oci, squashfs
@@ -37,12 +38,12 @@ _CHANGES_ALONE = {"patch", "rsync", "restic"}
 _TAG, _COMPRESSION = "latest", "gzip"
 _GIT_MODES = {0o644, 0o755}
 _MODES, _XATTRS = "modes other than 644 and 755 left out", "extended attributes and ACLs left out"
-_OTHERS = "devices, FIFOs and sockets left out"
+_OTHERS, _EMPTY = "devices, FIFOs and sockets left out", "empty directories left out"
 _NOT_IN_A_PATCH = (
     (_MODES, re.compile(rb"mode ")),
     ("changes of owner left out", re.compile(rb"owner ")),
     (_XATTRS, re.compile(rb"extended attributes ")),
-    ("empty directories left out", re.compile(rb"an empty directory ")),
+    (_EMPTY, re.compile(rb"an empty directory ")),
     ("files left out that are too large for a patch", re.compile(rb"[0-9]+ -> [0-9]+ bytes")),
     ("files left out that replace a device, FIFO or socket", re.compile(rb"[a-z]+ became a file")),
 )
@@ -264,7 +265,8 @@ def _oci(fd: int, source: Source, how: How, losses: Losses, tick: Watch) -> None
             base.copy_layers(layout)
         with layout.blob() as blob:
             archive = oci.Gzip(blob)
-            tar = Tar(archive.write, losses, tick, "oci", sparse=False)  # layer.md: no sparse files
+            # layer.md: no sparse files. Programs in Go take an empty record of pax as missing.
+            tar = Tar(archive.write, losses, tick, "oci", sparse=False, accepts=lambda _, value: bool(value))
             feed(items, source.tree(), tar, losses, tick, how.latest)
             tar.close()
             layer = archive.finish()
@@ -284,7 +286,8 @@ def _lines(fd: int, source: Source, how: How, losses: Losses, tick: Watch) -> No
 
 
 def _patch(source: Source, losses: Losses, tick: Watch) -> Iterator[bytes]:
-    for piece in patch.patch(_noted(_told(source, tick), source.tree(), losses), source, binary=True):
+    changes = _noted(_told(source, tick), source.tree(), losses)
+    for piece in patch.patch(_noted_emptied(changes, source, losses), source, binary=True):
         for line in piece.splitlines():
             if not line.startswith(b"# "):
                 break
@@ -308,6 +311,28 @@ def _noted(changes: Iterable[Change], tree: Tree, losses: Losses) -> Iterator[Ch
             if first.setdefault(node.identity, change.path) != change.path:
                 losses.add("hard links that become files of their own", change.path)
         yield change
+
+
+def _noted_emptied(changes: Iterable[Change], source: Source, losses: Losses) -> Iterator[Change]:
+    """Note directories that have lost their last file: git removes them."""
+    emptied: set[bytes] = set()
+    waiting: set[bytes] = set()
+    for change in changes:
+        if change.kind in {"D", "R"} and change.type in {"file", "symlink", "directory"}:
+            gone = change.path if change.source is None else change.source
+            waiting.add(gone.rpartition(b"/")[0])
+        yield change
+    after, before = source.tree(), source.tree_before()
+    while waiting:
+        path = waiting.pop()
+        node, was = (after.node(path), before.node(path)) if path else (None, None)
+        if node is None or was is None or not (node.is_dir and was.is_dir):
+            continue
+        if {join(path, name) for name in after.names(path)} <= emptied:
+            emptied.add(path)
+            waiting.add(path.rpartition(b"/")[0])
+    for path in sorted(emptied):
+        losses.add(_EMPTY, path)
 
 
 @contextmanager

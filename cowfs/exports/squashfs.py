@@ -86,7 +86,7 @@ def making(
             raise
 
 
-def _keeps(name: bytes) -> bool:
+def _keeps(name: bytes, _: bytes) -> bool:
     return name.startswith(_KEPT)
 
 

@@ -48,9 +48,9 @@ class Tar:
     def __init__(
         self, write: Write, losses: Losses, tick: Tick, style: str,
         *, gnu: bool = False, sparse: bool = True,
-        accepts: Callable[[bytes], bool] = lambda _: True,
+        accepts: Callable[[bytes, bytes], bool] = lambda *_: True,
     ) -> None:  # fmt: skip
-        """*accepts* returns whether the reader can store an xattr, by its name."""
+        """*accepts* returns whether the reader can store an xattr, by its name and value."""
         self._write = write
         self._losses = losses
         self._tick = tick
@@ -139,14 +139,15 @@ class Tar:
         if nanoseconds or not 0 <= entry.mtime_ns // _SECOND < _TIME:
             records[b"mtime"] = _time(entry.mtime_ns)
         for name, value in entry.xattrs.items():
-            if self._accepts(name):
+            if self._accepts(name, value):
                 acl = to_text(value) if name in _ACLS else None
                 if acl is not None:
                     records[_ACLS[name]] = acl
                 stored = _OVERLAYFS.stored(name) if self._style == "overlayfs" else name
                 records[b"SCHILY.xattr." + stored.replace(b"%", b"%25").replace(b"=", b"%3D")] = value
             else:
-                what = "ACLs" if name.startswith(b"system.posix_acl") else "some extended attributes"
+                what = "some extended attributes" if value else "empty extended attributes"
+                what = "ACLs" if name.startswith(b"system.posix_acl") else what
                 lost.add(f"files without their {what}")
         for what in sorted(lost):  # a directory may have two ACLs
             self._losses.add(what, entry.path)

@@ -263,6 +263,19 @@ def test_a_patch_is_applied_by_git(work: Work) -> None:
     assert not (copy / "usr").exists() and not (copy / "etc/hosts").exists()
 
 
+def test_a_directory_that_git_removes_is_told(tmp_path: Path) -> None:
+    """git removes each directory whose last file a patch deletes or renames."""
+    for name in ("a/b/c", "d/e", "f", "g/h"):
+        (tmp_path / "lower" / name).mkdir(parents=True)
+        (tmp_path / "lower" / name / "x").write_text("x")
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script("mv a/b/c c; rm d/e/x f/x; touch f/y; rm -r g/h", here.path)
+    done = cowfs("export", tmp_path / "store", "--to", "patch", tmp_path / "p")
+    assert "p: empty directories left out: 5 (a, a/b, d, …)\n" in done.stderr
+    run("git", "apply", tmp_path / "p", cwd=tmp_path / "lower", env={**os.environ, "GIT_DIR": "/none"})
+    assert sorted(os.listdir(tmp_path / "lower")) == ["c", "f"]
+
+
 def test_the_same_bytes_of_a_mount_and_of_its_store(work: Work) -> None:
     for form, data in work.mounted.items():
         assert work.export(form, f"unmounted.{form}").read_bytes() == data
@@ -455,12 +468,16 @@ def test_what_a_format_has_no_words_for_is_told(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(str(here.path / "socket"))
         os.unlink(here.path / "sub" / ("n" * 254))
+        (here.path / "empty").touch()
+        os.setxattr(here.path / "empty", "user.x", b"")
+        os.setxattr(here.path / "empty", "user.y", b"y")
         done = cowfs("export", here.path, "--to", "oci", tmp_path / "image")
         inside = cowfs("export", here.path, "--to", "tar", here.path / "in.tar")
     assert done.returncode == 64
     lines = [line.partition(f"{tmp_path / 'image'}: ")[2] for line in done.stderr.splitlines()]
     assert lines == [
         "left out, because the name would be taken for a whiteout: 5 (.wh.0, .wh.1, .wh.2, …)",
+        "files without their empty extended attributes: 1 (empty)",
         "sockets left out: 1 (socket)",
         f"deletions left out: the name of the whiteout would be too long: 1 (sub/{'n' * 254})",
     ]
