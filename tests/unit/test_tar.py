@@ -239,7 +239,7 @@ def test_a_directory_that_loses_two_acls_counts_once() -> None:
     directory = AttrData(stat.S_IFDIR | 0o755, 2)
     node: Any = SimpleNamespace(attr=directory)
     entry = Entry(b"d", node, directory.st_mode, 0, {acl.ACCESS: b"a", acl.DEFAULT: b"d"}, None)
-    Tar(lambda _: None, losses, lambda *_: None, "", accepts=lambda _: False).add(entry)
+    Tar(lambda _: None, losses, lambda *_: None, "", accepts=lambda *_: False).add(entry)
     assert list(losses) == ["files without their ACLs: 1 (d)"]
 
 
