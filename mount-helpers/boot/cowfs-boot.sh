@@ -404,7 +404,8 @@ make_root() {
             return 1
         }
     fi
-    hand_over "$1"
+    hand_over "$1" || return
+    tell_kernel "$1" "$top/view"
 }
 
 with_store() {
@@ -423,4 +424,37 @@ hand_over() {
     fi
     # sysvinit must not kill the daemon. (systemd recognises it by its name, which begins with @.)
     mkdir -p "$COWFS_RUN/sendsigs.omit.d" && cp "$top/daemon.pid" "$COWFS_RUN/sendsigs.omit.d/cowfs"
+}
+
+# --- a kernel in the store
+
+# Warn of a kernel that an upgrade wrote into the store, where no boot loader reads it, and of missing modules of the
+# running kernel. $1: the root, $2: the root image.
+tell_kernel() {
+    running=$(fact "$COWFS_PROC/sys/kernel/osrelease")
+    started=$(command_line | sed -n 's/^BOOT_IMAGE=//p' | tail -n 1) # from GRUB or SYSLINUX
+    started=$(printf '%s\n' "${started##*)}" | sed 's|^/*||')
+    carrier=''
+    for disk in "$disks"/*; do
+        [ -z "$started" ] || [ ! -f "$disk/$started" ] || carrier=$disk/$started
+    done
+    over=${carrier:+ over ${carrier#"$disks/"}}
+    newest=$(for one in "$1"/boot/vmlinuz-*; do [ ! -f "$one" ] || echo "${one##*/vmlinuz-}"; done | sort -V | tail -n 1)
+    kernel=/boot/vmlinuz-$running
+    if [ -n "$newest" ] && [ "$newest" != "$running" ] && [ ! -e "$2/boot/vmlinuz-$newest" ] &&
+        [ "$(printf '%s\n' "$running" "$newest" | sort -V | tail -n 1)" = "$newest" ]; then
+        warn "the system has the kernel $newest, and $running was started: copy /boot/vmlinuz-$newest$over," \
+            'and its initramfs'
+    elif [ -n "$carrier" ] && is_other_file "$1$kernel" "$2$kernel" && ! cmp -s "$carrier" "$1$kernel"; then
+        warn "the system has a newer build of the kernel $running than was started: copy $kernel$over, and its initramfs"
+    fi
+    others=''
+    for one in "$1"/lib/modules/*; do [ ! -d "$one" ] || others="$others ${one##*/}"; done
+    [ ! -d "$2/lib/modules/$running" ] || [ -d "$1/lib/modules/$running" ] ||
+        warn "the modules of the running kernel $running were removed: hardware may not work until one of these is started:$others"
+}
+
+# Whether $1 is there, and is not the file $2 of the image.
+is_other_file() {
+    [ -f "$1" ] && [ "$(stat -c '%s %Y' "$1")" != "$(stat -c '%s %Y' "$2" 2>/dev/null)" ]
 }
