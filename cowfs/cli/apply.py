@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
+from cowfs.cli.output import Tally, progress_line, say, warn
 from cowfs.errors import UsageError, printable
 from cowfs.linux.signals import read_answer
 
@@ -83,17 +83,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--dry-run excludes --interactive and --backup: it changes nothing", "leave one of them out"
         )
-    found, losses = apply(
-        args.what,
-        args.root,
-        lowers,
-        force=args.force,
-        trust=args.trust,
-        dry_run=(lambda change: say(line(change))) if args.dry_run else None,
-        backup=args.backup,
-        ask=_asking() if args.interactive else None,
-        tell=warn,
-    )
+    with progress_line() as progress:
+        found, losses = apply(
+            args.what,
+            args.root,
+            lowers,
+            force=args.force,
+            trust=args.trust,
+            dry_run=(lambda change: say(line(change))) if args.dry_run else None,
+            backup=args.backup,
+            ask=_asking() if args.interactive else None,
+            tell=warn,
+            tick=_counting(progress),
+        )
     if not args.interactive:
         for path, why in found:
             warn(f"conflict: {escape(path) or '/'} {why}")
@@ -102,6 +104,12 @@ def run(args: argparse.Namespace) -> int:
             warn("nothing was changed (give --force to also change these paths)")
         return EXIT_CONFLICT
     return _told(args.root, losses)
+
+
+def _counting(progress: Callable[[str], None]) -> Callable[[bytes, int], None]:
+    """Return a function that counts paths, and the bytes of their content."""
+    tally = Tally(progress, "paths")
+    return lambda _, length: tally.add(not length, length)
 
 
 def _told(root: str, losses: Losses) -> int:
@@ -119,7 +127,8 @@ def _undo(args: argparse.Namespace) -> int:
     if not args.backup:
         raise UsageError("--undo: which backup?", "name it with --backup DIR")
     root = args.root or args.what
-    stay, losses = undo_apply(root, args.backup, trust=args.trust)
+    with progress_line() as progress:
+        stay, losses = undo_apply(root, args.backup, _counting(progress), trust=args.trust)
     for path in stay:
         warn(f"{root}: /{escape(path)} stays: something else is in it")
     return _told(root, losses)

@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,15 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-def _shown(*arguments: str | Path) -> bytes:
+AT_ONCE = "from cowfs.cli import main, output; output._PAUSE = -1; raise SystemExit(main.main())"
+"""A cowfs that shows each step."""
+
+
+def _shown(*arguments: str | Path, program: Sequence[str] = COWFS[1:]) -> bytes:
     """Return what is on the terminal of a command whose output nobody reads for a second."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, *COWFS[1:], *arguments],
+        [sys.executable, *program, *arguments],
         stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "PYTHONPATH": project_root()},
     ) as process:  # fmt: skip
         os.close(theirs)
@@ -88,3 +93,14 @@ def test_the_time_left(top: Path, command: str, store: str) -> None:
     assert re.search(rb"[0-9]+ %s, [0-9]+/s(, [0-9]+ MiB, [0-9]+ MiB/s)?, [0-9]+ s left" % what, shown), shown
     if command == "diff":
         assert _shown("-q", command, top / store, *options) == b"%d added\r\n" % FILES
+
+
+def test_what_apply_has_done(top: Path, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    store, root, old, program = top / "image", tmp_path / "root", tmp_path / "old", ("-c", AT_ONCE)
+    shown = _shown("apply", store, root, "--backup", old, program=program)
+    assert re.search(rb"\x1b\[K4[0-9][0-9] paths, [0-9]+/s, 1 MiB", shown), shown
+    assert re.search(
+        rb"\x1b\[K4[0-9][0-9] paths", _shown("apply", "--undo", "--backup", old, root, program=program)
+    )
+    assert os.listdir(root) == []
