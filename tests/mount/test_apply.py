@@ -41,7 +41,7 @@ apply = api.apply
 def tick(at, size):
     print("at work", flush=True)
     sys.stdin.read()
-api.apply = lambda *arguments, **more: apply(*arguments, **more, tick=tick)
+api.apply = lambda *arguments, **more: apply(*arguments, **more | {"tick": tick})
 sys.exit(main(sys.argv[1:]))
 """
 
