@@ -30,16 +30,24 @@ _RINGS = "io_uring_enter io_uring_register"
 
 _REFUSED_AT_LAST = """
     chroot execve execveat fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_by_handle_at
-    open_tree pivot_root setns swapoff swapon umount umount2 unshare
+    open_tree open_tree_attr pivot_root setns swapoff swapon umount umount2 unshare
 """
 """Refused to a confined daemon: calls that could lead out of its root, or execute another program."""
+_NEW = {"open_tree_attr": 467}
+"""Calls that libseccomp may not know yet; their numbers are the same on all machines (Linux 6.15)."""
+_NAMESPACES = (0x80, 0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000)
+"""The flags of clone(2) for new namespaces, which are refused with unshare(2)."""
 
 # include/seccomp.h of libseccomp 2
 _ALLOW = 0x7FFF0000
 _EPERM = 0x00050000 | errno.EPERM
 _NOTHING = 0x00050000  # SCMP_ACT_ERRNO(0)
-_NOT_EQUAL, _EQUAL, _GREATER = 1, 4, 6  # SCMP_CMP_NE, SCMP_CMP_EQ, SCMP_CMP_GT
+_ENOSYS = 0x00050000 | errno.ENOSYS
+_NOT_EQUAL, _EQUAL, _GREATER, _MASKED = 1, 4, 6, 7  # SCMP_CMP_NE, _EQ, _GT, _MASKED_EQ
 _UNKNOWN = -1  # __NR_SCMP_ERROR
+
+_CLONE_FLAGS = int(os.uname().machine.startswith("s390"))
+"""The index of clone(2)'s argument with the flags."""
 
 # include/uapi/linux/seccomp.h and prctl.h
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC = 1, 1
@@ -166,6 +174,11 @@ def _compiled(refused: str, *, sockets: bool) -> bytes:
                 _refuse(library, context, "socket", _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0))
             for name in refused.split():
                 _refuse(library, context, name)
+            if "unshare" in refused:
+                # The C library then calls clone(2), the flags of which a filter can see.
+                _rule(library, context, _ENOSYS, "clone3")
+                for flag in _NAMESPACES:
+                    _refuse(library, context, "clone", _Comparison(_CLONE_FLAGS, _MASKED, flag, flag))
             for policy in range(os.SCHED_OTHER + 1, os.SCHED_IDLE):  # what give_way.c does remains
                 _refuse(library, context, "sched_setscheduler", _Comparison(1, _EQUAL, policy, 0))
             _refuse(library, context, "sched_setscheduler", _Comparison(1, _GREATER, os.SCHED_IDLE, 0))
@@ -183,6 +196,8 @@ def _refuse(library: ctypes.CDLL, context: int, name: str, *only: _Comparison) -
 def _rule(library: ctypes.CDLL, context: int, action: int, name: str, *only: _Comparison) -> None:
     number = library.seccomp_syscall_resolve_name(name.encode())
     if number == _UNKNOWN:  # a call newer than the library
+        number = _NEW.get(name, _UNKNOWN)
+    if number == _UNKNOWN:
         return
     _check(
         library.seccomp_rule_add_array(context, action, number, len(only), (_Comparison * len(only))(*only))

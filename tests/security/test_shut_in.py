@@ -209,9 +209,12 @@ refused(lambda: os.execv("/proc/self/exe", ["x"]))
 refused(lambda: os.chroot("/proc"))
 if os.uname().machine == "x86_64":
     # mount umount2 pivot_root unshare setns open_by_handle_at
-    # open_tree move_mount fsopen fsmount mount_setattr
-    for call in (165, 166, 155, 272, 308, 304, 428, 429, 430, 432, 442):
+    # open_tree move_mount fsopen fsmount mount_setattr open_tree_attr
+    for call in (165, 166, 155, 272, 308, 304, 428, 429, 430, 432, 442, 467):
         refused(number(call, -1, 0, 0, 0, 0))
+    # clone: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME
+    for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000, 0x80):
+        refused(number(56, flag, 0, 0, 0, 0))
 for path in ("/etc/passwd", "/proc/1/root", "/proc/self/root/etc", "/proc/self/cwd/../etc", "/dev/null"):
     try:
         os.stat(path)
