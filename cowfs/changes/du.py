@@ -6,9 +6,10 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from cowfs.changes.diff import in_order
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.paths import join
-from cowfs.changes.scan import GONE, readdir, renamed, source_of
+from cowfs.changes.scan import GONE, entries, renamed, source_of
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.overlay.stack import Stack, is_whiteout, notes_of
 from cowfs.overlay.xattr_format import XattrFormat
@@ -77,7 +78,13 @@ class _Usage:
         while waiting:
             path, directory, base, base_path = waiting.pop()
             below = []
-            for name in sorted(entry.name for entry in readdir(self._upper, directory)):
+            names = set()
+            for entry in entries(self._upper, directory):
+                if entry is None:
+                    yield None
+                else:
+                    names.add(entry.name)
+            for name in (yield from in_order(names)):
                 yield None
                 try:
                     used, inside = self._entry(directory, name, join(path, name), base, join(base_path, name))
@@ -131,8 +138,10 @@ def _all_of(upper: UpperLayer, directory: Key, path: bytes) -> Iterator[Used | N
     while waiting:
         here = waiting.pop()
         yield Used(path, "trash", upper.stat(here).st_blocks * _BLOCK)
-        for entry in readdir(upper, here):
+        for entry in entries(upper, here):
             yield None
+            if entry is None:
+                continue
             hit = upper.lookup(here, entry.name)
             if hit is None:
                 continue

@@ -7,8 +7,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 
 from cowfs.changes.compare import Inode, compare
+from cowfs.changes.diff import in_order
 from cowfs.changes.lowers import must_not_wait
 from cowfs.changes.paths import join
+from cowfs.changes.scan import entries
 from cowfs.changes.steps import OFTEN, Done, Forget, Look, Progress, Seen, is_open
 from cowfs.layers.base import Key
 from cowfs.overlay import uncover
@@ -45,7 +47,7 @@ class _Vacuum:
         """What would have been removed, by directory; None if it is."""
 
     def run(self) -> Progress:
-        levels: list[tuple[bytes, Node, Iterator[bytes]]] = [self._level(b"", self._fs.root)]
+        levels: list[tuple[bytes, Node, Iterator[bytes]]] = [(yield from self._level(b"", self._fs.root))]
         stats = None if self._fs.upper.has_descriptors else self._fs.upper.statfs()  # only an image knows
         whole, looked_at = 0 if stats is None else stats.files - stats.ffree, 0
         while levels:
@@ -61,11 +63,18 @@ class _Vacuum:
             with suppress(OSError):  # removed meanwhile
                 child = yield from self._entry(directory, name, join(path, name))
                 if child is not None:
-                    levels.append(self._level(join(path, name), child))
+                    levels.append((yield from self._level(join(path, name), child)))
 
-    def _level(self, path: bytes, directory: Node) -> tuple[bytes, Node, Iterator[bytes]]:
-        entries = [] if directory.upper is None else self._fs.upper.readdir(directory.upper)
-        return path, directory, iter(sorted(entry.name for entry in entries))
+    def _level(
+        self, path: bytes, directory: Node
+    ) -> Generator[None, None, tuple[bytes, Node, Iterator[bytes]]]:
+        names: set[bytes] = set()
+        for entry in entries(self._fs.upper, directory.upper) if directory.upper is not None else ():
+            if entry is None:
+                yield
+            else:
+                names.add(entry.name)
+        return path, directory, iter((yield from in_order(names)))
 
     def _entry(
         self, parent: Node, name: bytes, path: bytes
