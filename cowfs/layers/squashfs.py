@@ -28,6 +28,8 @@ from cowfs.types import NO_UUID, Attr, AttrData, DirEntry, FileHandle, FsStats, 
 
 _NAME_MAX = 256
 """SQUASHFS_NAME_LEN of the kernel's fs/squashfs/squashfs_fs.h; the VFS allows 255 anyway."""
+_MANY = 8192
+"""Names of a directory that :meth:`SquashfsLayer.pieces` yields at once."""
 _devices = itertools.count(1)
 _FIRST_DEVICE = 1 << 40
 """Device numbers of layers that the kernel knows nothing of begin here: the kernel's have 32 bits."""
@@ -201,7 +203,10 @@ class SquashfsLayer:
         return [DirEntry(name, type_of(value)) for name, value in listing.items()]
 
     def pieces(self, directory: int) -> Iterator[list[DirEntry]]:
-        yield self.readdir(directory)
+        """Yield the same entries, some at a time. ENOTDIR, EIO."""
+        found = iter(self._image.listing(directory).items())
+        while some := [DirEntry(name, type_of(value)) for name, value in itertools.islice(found, _MANY)]:
+            yield some
 
     def names(self, directory: int) -> list[bytes] | NamesJob:
         """Return the names only. ENOTDIR, EIO."""
