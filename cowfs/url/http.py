@@ -27,6 +27,8 @@ Login = Callable[[str], tuple[str, str] | None]
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MOST_REDIRECTS = 10
+_MOST_SAID = 200
+"""Characters of what a server says that a message repeats."""
 _LATER = {408, 425, 429, 500, 502, 503, 504}
 """Status codes after which a later request may succeed."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -134,7 +136,7 @@ class HttpFile:
         except ValueError:
             raise Refused("leads to something that is no URL", "give the final URL") from None
         if scheme not in {"http", "https"} or (scheme == "http" and from_.startswith("https:")):
-            raise Refused(f"leads to {url}, which is less secure", "give the final URL")
+            raise Refused(f"leads to {_cut(url)}, which is less secure", "give the final URL")
         return url
 
     def _once(self, url: str, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
@@ -276,7 +278,7 @@ class HttpFile:
 def changed(version: Version, found: Version) -> Refused:
     """Return the exception for a file that has changed."""
     return Refused(
-        f"is another file than the one that was opened: {found}, not {version}",
+        f"is another file than the one that was opened: {_cut(f'{found}')}, not {_cut(f'{version}')}",
         "put the old one back, or unmount, and mount the new one",
         changed=True,
     )
@@ -294,7 +296,12 @@ def _refusal(answer: http.client.HTTPResponse) -> Refused:
 
 
 def _reason(answer: http.client.HTTPResponse) -> str:
-    return f"{answer.status} {answer.reason}".strip()
+    return f"{answer.status} {_cut(answer.reason)}".strip()
+
+
+def _cut(said: str) -> str:
+    """Return what a server says, as much of it as a message has room for."""
+    return said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]}..."
 
 
 def _wait(answer: http.client.HTTPResponse) -> float:
@@ -318,7 +325,7 @@ def _said(error: Exception) -> str:
         return f"its host is not known: {error.strerror}"
     if isinstance(error, OSError):
         return error.strerror or str(error) or type(error).__name__
-    return f"the server's answer is not HTTP: {str(error) or type(error).__name__}"
+    return f"the server's answer is not HTTP: {_cut(str(error)) or type(error).__name__}"
 
 
 def _proxy(scheme: str, netloc: str) -> SplitResult | None:

@@ -238,6 +238,8 @@ def test_a_server_that_will_not_is_told_of_in_one_line(
     assert "leads on more than 10 times" in refusal(server.url("/round"))
     does.redirects["/away"] = "file:///etc/passwd"
     assert "leads to file:///etc/passwd, which is less secure" in refusal(server.url("/away"))
+    does.redirects["/far"] = "file:///" + "x" * 60_000
+    assert len(refusal(server.url("/far"))) < 400
     for target in ("http://[::bad/", "http://localhost:99999/x"):
         does.redirects["/bad"] = target
         assert "leads to something that is no URL (give the final URL)" in refusal(server.url("/bad"))
@@ -309,6 +311,18 @@ def test_an_answer_that_takes_too_long_is_broken_off(
     thread.join(10)
     assert isinstance(results[0], Unreachable)
     server.behaviour.stalls.clear()
+
+
+def test_no_message_repeats_all_that_a_server_says() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        file = HttpFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", lambda _: None, timeout=60)
+        for said in (b"\0\xff" * 30_000, b"HTTP/1.1 404 " + b"x" * 60_000):
+            thread, results = in_thread(file.version)
+            with listener.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(said + b"\r\n\r\n")
+            thread.join(10)
+            assert isinstance(results[0], Unreachable | Refused) and len(str(results[0])) < 400
 
 
 def test_so_is_one_after_which_the_server_closes(monkeypatch: pytest.MonkeyPatch) -> None:
