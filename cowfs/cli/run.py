@@ -134,7 +134,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("no command given: cowfs run --root / -- COMMAND", "see `cowfs run --help`")
     args.options = _without_fakeroot(args.options)
     if args.root is not None and args.lower is not None:
-        raise UsageError(f"--root and {args.lower}exclude each other", "cowfs run --root ROOT -- COMMAND")
+        raise UsageError(f"--root and {args.lower} exclude each other", "cowfs run --root ROOT -- COMMAND")
     if args.root is None and (args.lower is None or args.mountpoint is None):
         raise UsageError("no root given", "cowfs run --root / -- COMMAND, or LOWER MOUNTPOINT")
     mount_options.must_have_name(args.keep, "--keep ")

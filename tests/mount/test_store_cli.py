@@ -116,7 +116,12 @@ def test_create_replaces_nothing(tmp_path: Path, what: str) -> None:
         path.mkdir()
     else:
         path.symlink_to("nowhere")
-    refused(cowfs("create", path, "16"), "already exists")
+    hints = {
+        "file": "(cowfs grow",
+        "directory": "and is a directory (give",
+        "dangling": "(give the path of a new file)",
+    }
+    refused(cowfs("create", path, "16"), f"already exists {hints[what]}")
     assert os.listdir(tmp_path) == ["s"]
     assert what != "file" or path.read_text() == "mine"
 

@@ -39,7 +39,9 @@ def create_store(path: str, size: int, *, key: bytes | None = None, progress: Pr
             f"give the path of a new file, such as {os.path.join(path, 'sysrcd.bs')}",
         )
     if os.path.lexists(path):
-        raise StoreError(f"{path}: already exists", f"cowfs grow {path} makes an existing store larger")
+        larger = f"cowfs grow {path} makes an existing store larger"
+        hint = larger if os.path.isfile(path) else "give the path of a new file"
+        raise StoreError(f"{path}: already exists", hint)
     path = os.path.abspath(path)
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
