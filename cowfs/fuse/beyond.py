@@ -75,6 +75,16 @@ class _Ioctl(NamedTuple):
     uid: int
 
 
+def written_by(asked: Message) -> int | None:
+    """Return the number of the inode whose data a request changes; None if it changes none."""
+    match asked.opcode:
+        case Opcode.FALLOCATE:
+            return asked.ino
+        case Opcode.COPY_FILE_RANGE | Opcode.COPY_FILE_RANGE_64:
+            return int(COPY_IN.unpack_from(asked.body)[2])
+    return None
+
+
 class BeyondHandlers(FileHandlers):
     """Answers the requests that pyfuse3 does not pass on."""
 

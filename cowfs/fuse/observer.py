@@ -22,8 +22,10 @@ import trio
 
 from cowfs.fuse import libfuse
 from cowfs.fuse.adapter import Adapter
+from cowfs.fuse.beyond import written_by
 from cowfs.fuse.feeds import Feed
 from cowfs.fuse.handlers import HandlerTable
+from cowfs.fuse.libfuse import Message
 from cowfs.fuse.paths import Place, join
 from cowfs.fuse.recorder import Recorder
 from cowfs.linux.files import RENAME_EXCHANGE
@@ -376,7 +378,9 @@ def _taking(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
 
 
 def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
-    """Return the handlers write and setattr, which have a short path for a call that continues another."""
+    """Return the handlers write and setattr, which have a short path for a call that continues another, and
+    read, as which the other requests that write arrive.
+    """
     nodes, changed, goes_on = observer._nodes, _guarded(observer.changed), libfuse.goes_on
 
     def write(fh: int, off: int, buf: bytes) -> Any:
@@ -418,7 +422,22 @@ def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
             changed(operation, ctx.pid, ctx.uid, nodes.get(inode))
         return entry
 
-    return {"write": write, "setattr": setattr_}
+    def read(fh: int, off: int, size: int) -> Any:
+        if fh != libfuse.BEYOND:
+            return plain.read(fh, off, size)
+        asked = libfuse.message()
+        ino = written_by(asked)
+        answer = plain.read(fh, off, size)
+        return answer if ino is None else beyond(asked, ino, answer)
+
+    async def beyond(asked: Message, ino: int, answer: Any) -> Any:
+        result = await answer
+        if result and not any(result):  # nothing was left to copy
+            return result
+        changed("write", asked.pid, asked.uid if asked.pid else libfuse.KERNEL_UID, nodes.get(ino))
+        return result
+
+    return {"write": write, "setattr": setattr_, "read": read}
 
 
 def _changing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:

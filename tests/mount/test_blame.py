@@ -117,6 +117,14 @@ def test_first_and_last_of_each_also_when_unmounted(kind: str, nobody_path: Path
     check(store_of(kind, nobody_path))
 
 
+def test_data_that_is_written_by_other_calls_than_write(nobody_path: Path) -> None:
+    with recording("image", nobody_path) as mount:
+        for path, command in (("copy", "cp etc/hosts copy"), ("large", "fallocate -p -l 4096 large")):
+            shell(mount, f"exec {command}")
+            last = told(mount.path, path)["written"]["last"]
+            assert (last["operations"], last["process"]["command"]) == (["write"], command.split())
+
+
 def test_a_program_that_becomes_another_one(nobody_path: Path) -> None:
     """The same process, and no time in between."""
     with recording("image", nobody_path) as mount:

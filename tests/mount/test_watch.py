@@ -70,6 +70,7 @@ os.rename("d", "e")
 os.setxattr("moved", "user.a", b"b")
 os.removexattr("moved", "user.a")
 with open("etc/hosts", "a") as file: file.write("more")
+with open("large", "rb") as old, open("copy", "wb") as new: os.copy_file_range(old.fileno(), new.fileno(), 5)
 os.unlink("e/link")
 os.unlink("e/fifo")
 os.unlink("e/symlink")
@@ -93,6 +94,8 @@ TOLD = [
     ("setxattr", "moved"),
     ("removexattr", "moved"),
     ("write", "etc/hosts"),
+    ("create", "copy"),
+    ("write", "copy"),
     ("remove", "e/link"),
     ("remove", "e/fifo"),
     ("remove", "e/symlink"),
