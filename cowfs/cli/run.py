@@ -10,8 +10,8 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from cowfs.cli import mount, umount
 from cowfs.cli import options as mount_options
@@ -22,6 +22,7 @@ from cowfs.errors import MountFailure, SystemFailure, UsageError
 from cowfs.exports.target import remove
 from cowfs.layers import beneath
 from cowfs.linux import mounts, offspring, privileges, programs, seccomp, user_namespace
+from cowfs.linux.guard import Abandoned, Guard
 from cowfs.linux.signals import ASKS_TO_END, unblock
 
 NAME = "run"
@@ -91,8 +92,15 @@ def run(args: argparse.Namespace) -> int:
     pipes = _pipes()
     is_all_there = _enter()
     complete_interrupted(_lower(args), force=args.force)
+    try:
+        return _run(args, pipes, is_all_there=is_all_there)
+    except Abandoned:
+        os._exit(128 + signal.SIGKILL)
+
+
+def _run(args: argparse.Namespace, pipes: list[int], *, is_all_there: bool) -> int:
     since = beneath.now()
-    with _private_directory() as private:
+    with _private_directory() as private, ExitStack() as guards:
         if not os.access(os.environ.get("XDG_RUNTIME_DIR", "/none"), os.W_OK):
             os.environ["XDG_RUNTIME_DIR"] = private  # for the daemon's socket
         prepare = (lambda: None) if is_all_there else _chown_ignorer()
@@ -105,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
                 parts.append(_mounted(args))
             ending = Ending(args, parts, since)
             ending.look_at_stores()
-            code = _wait(args.command, prepare, sandbox, pipes)
+            code = _wait(args.command, prepare, sandbox, pipes, guards)
             ending.decide()
         finally:
             if sandbox is not None:
@@ -271,32 +279,53 @@ def _others_are_there() -> bool:
 
 
 def _wait(
-    command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None, pipes: list[int]
+    command: list[str],
+    prepare: Callable[[], object],
+    sandbox: Sandbox | None,
+    pipes: list[int],
+    guards: ExitStack,
 ) -> int:
     """Run a command, and wait for its end; return its exit code as sh(1) does.
 
     Only the command reacts to signals of the terminal. In a sandbox, processes that it leaves running are
-    killed.
+    killed. If this process is killed before *guards* ends, all processes are, and all is unmounted.
     """
     before = [signal.getsignal(number) for number in _FROM_TERMINAL]
     for number in _FROM_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
-    spared = offspring.become_subreaper() if sandbox is not None else set()
+    spared = offspring.become_subreaper()
+    code = None
     try:
-        return _run(command, prepare, sandbox, pipes)
+        guard = Guard(
+            lambda begin: _start(command, (begin, prepare), sandbox, pipes),
+            (lambda: None) if sandbox is None else lambda: _end_all(set()),
+        )
+        guards.callback(guard.end)
+        code = guard.wait()
     finally:
-        if sandbox is not None:
-            ended, left = offspring.end_all(spared)
-            if ended:
-                warn(f"ended processes that the command left running: {', '.join(ended)}")
-            if left:
-                warn(f"processes that the command left running cannot be ended: {', '.join(left)}")
+        if code is None:  # this process or the guard was killed
+            _end_all(spared)
         for number, handler in zip(_FROM_TERMINAL, before, strict=True):
             signal.signal(number, signal.SIG_IGN)  # drops one that is pending, because it is blocked
             signal.signal(number, handler)
+    return 128 + signal.SIGKILL if code is None else code
 
 
-def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None, pipes: list[int]) -> int:
+def _end_all(spared: set[int]) -> None:
+    ended, left = offspring.end_all(spared)
+    if ended:
+        warn(f"ended processes that the command left running: {', '.join(ended)}")
+    if left:
+        warn(f"processes that the command left running cannot be ended: {', '.join(left)}")
+
+
+def _start(
+    command: list[str],
+    prepare: Iterable[Callable[[], object]],
+    sandbox: Sandbox | None,
+    pipes: list[int],
+) -> subprocess.Popen[bytes] | int:
+    """Start a command; return the process, or the exit code if it cannot be run. It first calls *prepare*."""
 
     def become() -> None:
         for number in _FROM_TERMINAL:
@@ -306,13 +335,14 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
         unblock()
         if sandbox is not None:
             sandbox.enter()
-        prepare()
+        for step in prepare:
+            step()
 
     environment = programs.given_environment()
     if sandbox is not None:
         environment = sandbox.environment(environment, all_there=_others_are_there())
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             env=environment,
             preexec_fn=become,  # noqa: PLW1509 - one thread
@@ -325,9 +355,6 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
         missing = isinstance(error, FileNotFoundError) or _is_nowhere(command[0], environment, sandbox)
         warn(f"{command[0]}: {os.strerror(errno.ENOENT) if missing else error.strerror}")
         return _NOT_FOUND if missing else _NOT_RUN
-    with _passed_on(process):
-        code = process.wait()
-    return code if code >= 0 else 128 - code
 
 
 def _is_nowhere(name: str, environment: dict[bytes, bytes], sandbox: Sandbox | None) -> bool:
@@ -340,22 +367,6 @@ def _is_nowhere(name: str, environment: dict[bytes, bytes], sandbox: Sandbox | N
     root = sandbox.path if sandbox is not None else ""
     searched = os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath))).split(os.pathsep)
     return not any(os.path.lexists(f"{root}{place}/{name}" if place else name) for place in searched)
-
-
-@contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass the signals that ask to end on to *process*. This process ends after that one."""
-    asking = ASKS_TO_END - set(_FROM_TERMINAL)
-    before = {number: signal.getsignal(number) for number in asking}
-    for number in asking:
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, asking)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _unmount(mountpoint: str) -> None:

@@ -497,24 +497,6 @@ def rescued(said: str) -> str:
     return listed
 
 
-def test_what_a_killed_run_leaves_is_removed_by_the_next(root: Path) -> None:
-    command = ("run", "--root", root, "--discard", "--", "sh", "-c", "echo; read _")
-    pipe = subprocess.PIPE
-    with (
-        with_programs(root),
-        subprocess.Popen([*COWFS, *command], stdin=pipe, stdout=pipe, cwd=project_root()) as process,
-    ):
-        assert process.stdin and process.stdout
-        process.stdout.readline()
-        mounts = Path(f"/proc/{process.pid}/mountinfo").read_text()
-        left = re.search(r"\S+/cowfs-run-\w+", mounts)
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        assert cowfs("run", "--root", root, "--discard", "--", "true").returncode == 0
-    assert left and not os.path.lexists(left[0])
-
-
 def test_pipes_are_the_commands_and_other_descriptors_are_not(root: Path) -> None:
     script = "cat <&8; [ ! -e /dev/fd/9 ]"
     shell = 'exec 8< <(echo given); exec "$@" sh -euc "$0" 9</'

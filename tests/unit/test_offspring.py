@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cowfs.cli.run import _run
+from cowfs.cli.run import _start
 from tests.support.mounts import project_root
 
 FORKS_ON = """
@@ -39,6 +39,6 @@ def test_a_root_that_cannot_be_entered_is_said(capsys: pytest.CaptureFixture[str
         raise PermissionError
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    assert _run(["true"], fails, None, []) == 126
+    assert _start(["true"], [fails], None, []) == 126
     assert "true: cannot be run: its root directory cannot be entered" in capsys.readouterr().err
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
