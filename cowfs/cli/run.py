@@ -223,7 +223,7 @@ def _private_directory() -> Iterator[str]:
 def _locked_directory() -> tuple[str, int]:
     """Create a directory; return it with a descriptor whose lock says that somebody uses it."""
     while True:
-        private = tempfile.mkdtemp(prefix=_PRIVATE)
+        private = tempfile.mkdtemp(prefix=f"{_PRIVATE}{os.getpid()}-")
         lock = os.open(private, _DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.exists(private):
@@ -241,10 +241,19 @@ def _remove_abandoned() -> None:
         try:
             ways = beneath.guarded(above)
             for name in map(os.fsencode, os.listdir(above)):
-                if name.startswith(_PRIVATE.encode()):
+                if name.startswith(_PRIVATE.encode()) and not _is_running(name):
                     _remove_if_abandoned(above, name, ways)
         finally:
             os.close(above)
+
+
+def _is_running(name: bytes) -> bool:
+    """Whether there is a process with the number in the *name* of a directory.
+
+    A run in a sandbox sees the directories of the runs outside, but not their locks.
+    """
+    pid = os.fsdecode(name).removeprefix(_PRIVATE).partition("-")[0]
+    return pid.isdecimal() and os.path.exists(f"/proc/{pid}")
 
 
 def _remove_if_abandoned(above: int, name: bytes, ways: beneath.Ways) -> None:

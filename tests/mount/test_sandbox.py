@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,6 +106,17 @@ def test_the_systems_daemons_keep_their_sockets() -> None:
     script = "ls -A /run/cowfs; echo 1 >/run/cowfs/new"
     done = cowfs("run", "--root", "/", "--discard", "--", "sh", "-euc", script)
     assert (done.returncode, done.stdout) == (0, ""), done
+
+
+def test_a_run_in_a_run_changes_what_its_command_changes(tmp_path: Path) -> None:
+    """It removes nothing of the run outside, which seems abandoned there."""
+    script = "cat one; touch two; rm one"
+    script = shlex.join([*COWFS, "run", "--root", "/", "--commit", "--", "sh", "-euc", script])
+    place = "$(grep -om1 '/[^ ]*/cowfs-run-[^/ ]*' /proc/$PPID/mountinfo)"
+    script = f"echo 1 >one; place={place}; [ -d $place ]; {script}; ls; [ -d $place ]"
+    outer = ("run", "--root", "/", "--keep", tmp_path / "store", "--", "sh", "-euc", script)
+    done = cowfs(*outer, env={"PYTHONPATH": project_root()}, cwd=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "1\ntwo\n"), done.stderr
 
 
 def test_a_commit_does_what_the_command_does(root: Path, tmp_path: Path) -> None:

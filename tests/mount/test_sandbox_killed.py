@@ -65,7 +65,7 @@ def test_with_a_killed_run_all_ends_that_it_started(
     words = ("--root", root) if shown == "root" else (root, tmp_path / "mnt")
     with with_programs(root), waiting(*words) as (process, below):
         namespace = os.readlink(f"/proc/{process.pid}/ns/mnt")
-        left = re.search(r"\S+/cowfs-run-\w+", Path(f"/proc/{process.pid}/mountinfo").read_text())
+        left = re.search(r"\S+/cowfs-run-[\w-]+", Path(f"/proc/{process.pid}/mountinfo").read_text())
         if whom == "guard":
             os.kill(guard_of(process), signal.SIGKILL)
             assert process.wait() == 128 + signal.SIGKILL
@@ -82,7 +82,7 @@ def test_with_a_killed_run_all_ends_that_it_started(
 def test_what_a_killed_run_leaves_is_removed_by_the_next(root: Path) -> None:
     with with_programs(root):
         with waiting("--root", root) as (process, below):
-            left = re.search(r"\S+/cowfs-run-\w+", Path(f"/proc/{process.pid}/mountinfo").read_text())
+            left = re.search(r"\S+/cowfs-run-[\w-]+", Path(f"/proc/{process.pid}/mountinfo").read_text())
             process.send_signal(signal.SIGSTOP)
             os.kill(guard_of(process), signal.SIGKILL)  # at the same time
             process.kill()
