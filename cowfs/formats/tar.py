@@ -113,10 +113,11 @@ class Archive(Tree):
         if not 0 <= member.size < 1 << 63:
             raise LayerError(f"{self.name}: {member.name!r} has {member.size} bytes")
         for start, length in pieces:
+            if not length:  # also the unused entries of the four in a header of GNU tar
+                continue
             if start < end or length < 0 or start + length > member.size:
                 raise LayerError(f"{self.name}: {member.name!r} has a damaged sparse map")
-            if length:
-                segments.append((start, length, place))
+            segments.append((start, length, place))
             place, end = place + length, start + length
         if place > self._size:
             raise LayerError(f"{self.name}: truncated tar archive: ends before {member.name!r} does")
