@@ -161,7 +161,7 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         (["-a", "-C3", "/s.bs"], ["check", "--", "/s.bs"]),
         (["-n", "/s.bs"], ["check", "-n", "--", "/s.bs"]),
         (["-p", "/a.sqsh"], ["check", "--", "/live/of a.bs"]),
-        (["-fy", "/b c.sqsh"], ["check", "--", "/live/b.bs"]),
+        (["-fy", "/b c.sqsh"], ["check", "-y", "--", "/live/b.bs"]),
         (["/secret.sqsh"], ["check", "--key-file", "/a key", "--", "/s.luks"]),
         (["/comma.sqsh"], ["check", "--", "/a,b,c\\"]),
         (["/two.sqsh"], ["check", "--", "/1.bs", "check", "--key-file", "/k", "--", "/2.bs"]),
