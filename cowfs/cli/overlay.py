@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 import cowfs
@@ -39,6 +40,12 @@ _OURS = {
     "redirect_dir": "on: directories of layers can be renamed (off: mv(1) copies them)",
     "xattr_permissions": "only 0 is supported: owners and modes are those of the files",
 }
+_OVERRIDES = (
+    "user.containers.override_stat",  # what force_mask of containers/storage writes
+    "user.fuseoverlayfs.override_stat",
+    "security.fuseoverlayfs.override_stat",
+)
+"""Attributes with the owner, mode and type that fuse-overlayfs shows for a file."""
 _PASSED = {"io_uring", "passthrough", "log", "debug", "fsname"}
 _QUIET = {
     "index", "xino", "userxattr", "nfs_export", "uuid", "context", "fscontext", "defcontext", "rootcontext",
@@ -154,10 +161,14 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
     upper, work = words.get("upperdir", ""), words.get("workdir", "")
     if upper and not work:
         raise UsageError("upperdir without workdir", "give workdir=DIR, on the same mount as upperdir")
-    if words.get("xattr_permissions", "0") not in {"0", ""}:
+    permissions = words.get("xattr_permissions", "0")
+    if permissions not in {"0", ""}:
         raise UsageError(
-            "xattr_permissions: owners and modes in attributes are not supported", "leave it out"
+            f"xattr_permissions={permissions}: cowfs does not keep owners and modes in attributes",
+            "remove force_mask from storage.conf, or use fuse-overlayfs",
         )
+    for layer in [*lowers, *([_plain(upper)] if upper else [])]:
+        _must_be_plain(layer)
     style = _style(words)
     # A layer of an image, as podman unpacks it, has whiteouts by name, and a write could change what its
     # digest is of. In an upper that was written through cowfs such names are files, as for the kernel.
@@ -188,6 +199,20 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
 def _between_colons(lowers: str) -> str:
     """Return the layers without colons before and after them, as fuse-overlayfs reads them."""
     return re.sub(r"(?<!\\):+$", "", lowers.lstrip(":"))
+
+
+def _must_be_plain(layer: str) -> None:
+    """Raise UsageError if attributes of the files in a layer say other owners and modes than the files have.
+
+    Like fuse-overlayfs, it looks at the root of the layer only.
+    """
+    for name in _OVERRIDES:
+        with suppress(OSError):  # it has none, or is missing, which the mount reports
+            os.getxattr(layer, name)
+            raise UsageError(
+                f"{layer}: keeps owners and modes in attributes ({name}), which cowfs does not read",
+                "pull the image into a storage without force_mask, or use fuse-overlayfs",
+            )
 
 
 def _style(words: dict[str, str]) -> str:

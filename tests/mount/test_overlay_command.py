@@ -227,7 +227,8 @@ def test_volatile_waits_for_no_disk(place: Path) -> None:
         ("lowerdir=low,uidmapping=0:1", "uidmapping=0:1: not FILE:SHOWN:COUNT"),
         ("lowerdir=low,squash_to_uid=me", "squash_to_uid=me: not the number"),
         (f"lowerdir=low,squash_to_gid={'1' * 5000}", "1: not the number"),
-        ("lowerdir=low,xattr_permissions=2", "xattr_permissions"),
+        ("lowerdir=low,xattr_permissions=1", "xattr_permissions=1: cowfs does not keep owners"),
+        ("lowerdir=low,xattr_permissions=2", "xattr_permissions=2: cowfs does not keep owners"),
         ("lowerdir=low,fsync=no", "fsync=no: not a number"),
         ("lowerdir=:", "no lowerdir given"),
         ("lowerdir=low:::low", "an empty lower"),
@@ -237,6 +238,16 @@ def test_what_cannot_be(place: Path, options: str, what: str) -> None:
     done = cowfs("overlay", "-o", options, "mnt", cwd=str(place))
     assert done.returncode != 0
     assert what in done.stderr and done.stderr.count("\n") == 1
+    assert not is_mounted(place / "mnt")
+
+
+@pytest.mark.parametrize("layer", ["low", "deep/up"])
+def test_layers_with_owners_in_attributes_are_refused(place: Path, layer: str) -> None:
+    """storage.conf with force_mask makes such layers, whose files have other owners and modes."""
+    os.setxattr(place / layer, "user.containers.override_stat", b"0:0:0755")
+    done = cowfs("overlay", "-o", r"lowerdir=low,upperdir=UP,workdir=work/w\,k", "mnt", cwd=str(place))
+    assert done.returncode == 1
+    assert "keeps owners and modes in attributes (user.containers.override_stat)" in done.stderr
     assert not is_mounted(place / "mnt")
 
 
