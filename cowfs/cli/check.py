@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, NoReturn
 
 from cowfs.cli import options
-from cowfs.cli.output import Tally, note, progress_line, say, warn
+from cowfs.cli.output import Tally, note, progress_line, say, shares, warn
 from cowfs.client import find_mount
 from cowfs.errors import StoreError, SystemFailure
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with progress_line() as show:
             tally = Tally(show, "names")
-            listener = Listener(_ignored if args.json else note, show, tally.add)
+            listener = Listener(_ignored if args.json else note, shares(show), tally.add)
             report = check_store(
                 split_subdir(args.store)[0],
                 read_only=args.no_changes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import note
+from cowfs.cli.output import counted, note, progress_line, shares
 from cowfs.errors import UsageError
 from cowfs.linux.files import is_device
 
@@ -59,10 +59,12 @@ def run(args: argparse.Namespace) -> int:
     if args.size is not None and on_device:
         raise UsageError(f"{args.store}: is a device, which has its own size", "leave the size out")
     key = _key(args) if args.luks else None
-    if on_device:
-        size = create_on_device(args.store, key=key)
-    else:
-        create_store(args.store, size := parse_size(args.size), key=key)
+    with progress_line() as show:
+        if on_device:
+            size = create_on_device(args.store, key=key, share=shares(show))
+        else:
+            size = parse_size(args.size)
+            create_store(args.store, size, key=key, share=shares(show), tick=counted(show, size))
     if key is not None:
         note(f"{args.store}: created an empty encrypted store in {format_size(size)}")
     else:

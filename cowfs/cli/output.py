@@ -134,7 +134,24 @@ def bytes_of(path: str) -> int:
     return 0
 
 
-def _time_left(done: int, whole: int, since: float) -> str:
+def shares(progress: Callable[[str], None]) -> Callable[[str, float], None]:
+    """Return a function that shows a text, and the time left of a step; it gets the share done, at most 1.
+
+    A smaller share than before begins another step.
+    """
+    last, begun = math.inf, 0.0
+
+    def show(text: str, share: float) -> None:
+        nonlocal last, begun
+        if share < last:
+            begun = time.monotonic()
+        last = share
+        progress(text + _time_left(share, 1, begun))
+
+    return show
+
+
+def _time_left(done: float, whole: float, since: float) -> str:
     passed = time.monotonic() - since
     if not 0 < done < whole or passed < _SOON:
         return ""

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from cowfs.cli import options
-from cowfs.cli.output import say
+from cowfs.cli.output import bytes_of, counted, progress_line, say, shares
 
 NAME = "shrink"
 
@@ -50,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     if mount_with_store(args.store) is not None:
         raise StoreError(f"{args.store}: is mounted", "unmount it first")
     size = parse_size(args.size) if args.size else None
-    size = shrink_store(split_subdir(args.store)[0], size, partial(new_file, force=True))
+    image, replacing = split_subdir(args.store)[0], partial(new_file, force=True)
+    with progress_line() as show:
+        tick = counted(show, bytes_of(image))
+        size = shrink_store(image, size, replacing, share=shares(show), tick=tick)
     say(f"{args.store}: resized to {format_size(size)}")
     return 0

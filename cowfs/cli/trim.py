@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import say
+from cowfs.cli.output import progress_line, say, shares
 
 NAME = "trim"
 
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
     mount = mount_with_store(args.store)
     if mount is None:
-        freed = trim_store(split_subdir(args.store)[0])
+        with progress_line() as show:
+            freed = trim_store(split_subdir(args.store)[0], share=shares(show))
     else:
         told = [reply.get("freed") for reply in ask(mount.dev, NAME, timeout=None)]
         with checked_answer(args.store):

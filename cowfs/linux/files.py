@@ -9,7 +9,7 @@ import glob
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -190,12 +190,15 @@ def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
         _raise()
 
 
-def make_room(fd: int, start: int, end: int, *, alone: bool) -> None:
+def make_room(
+    fd: int, start: int, end: int, *, alone: bool, tick: Callable[[int], object] = lambda _: None
+) -> None:
     """Allocate all blocks of a range of a file, which may reach beyond its end. Its content stays the same.
 
     Blocks. Uses fallocate(2). On filesystems without it (ext3, exFAT, NFS 3) it writes zeros: beyond the end
     of the file and, if *alone*, into its holes. *alone* means that no other process writes to the file.
-    (posix_fallocate(3) rewrites bytes that others may be changing.) OSError; blocks allocated before it stay.
+    (posix_fallocate(3) rewrites bytes that others may be changing.) *tick* gets the number of bytes written,
+    often. OSError; blocks allocated before it stay.
     """
     try:
         fallocate(fd, start, end - start)
@@ -204,14 +207,16 @@ def make_room(fd: int, start: int, end: int, *, alone: bool) -> None:
             raise
         length = os.fstat(fd).st_size
         for hole, stop in list(holes(fd, start, min(end, length))) if alone else []:
-            _write_zeros(fd, hole, stop)
-        _write_zeros(fd, max(start, length), end)
+            _write_zeros(fd, hole, stop, tick)
+        _write_zeros(fd, max(start, length), end, tick)
 
 
-def _write_zeros(fd: int, start: int, end: int) -> None:
+def _write_zeros(fd: int, start: int, end: int, tick: Callable[[int], object]) -> None:
     zeros = bytes(_ZEROS)
     while start < end:
-        start += os.pwrite(fd, zeros[: end - start], start)
+        written = os.pwrite(fd, zeros[: end - start], start)
+        start += written
+        tick(written)
 
 
 def file_handle(dir_fd: int, name: bytes) -> tuple[int, bytes] | None:

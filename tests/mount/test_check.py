@@ -85,7 +85,14 @@ def test_check_tells_how_far_it_is(store: Path, tmp_path: Path) -> None:
             (here.path / name).touch()
     shown: list[str] = []
     names: list[None] = []
-    check_store(str(store), listener=Listener(show=shown.append, tick=lambda: names.append(None)))
+    shares: list[float] = []
+
+    def show(text: str, share: float) -> None:
+        shown.append(text)
+        shares.append(share)
+
+    check_store(str(store), listener=Listener(show=show, tick=lambda: names.append(None)))
+    assert shares == sorted(shares) and shares[-1] == 1
     assert {f"e2fsck: pass {number} of 5, 100 %" for number in (1, 2, 3, 5)} <= set(shown)
     assert len(names) == 3
 

@@ -104,3 +104,22 @@ def test_what_apply_has_done(top: Path, tmp_path: Path) -> None:
         rb"\x1b\[K4[0-9][0-9] paths", _shown("apply", "--undo", "--backup", old, root, program=program)
     )
     assert os.listdir(root) == []
+
+
+def test_what_the_programs_of_e2fsprogs_have_done(top: Path, tmp_path: Path) -> None:
+    """They tell how far they are; the store is what it is without a terminal."""
+    store, program = tmp_path / "image", ("-c", AT_ONCE)
+    shown = _shown("create", store, "32M", program=program)
+    assert re.search(rb"\x1b\[Kmke2fs: [0-9]+ %\r\x1b\[K$", shown), shown
+    cowfs("backup", top / "image", store, "--force", check=True)
+    cowfs("grow", store, "300M", check=True)  # resize2fs tells nothing of a single block group
+    shown = _shown("check", store, program=program)
+    steps = rb".*".join(rb"\x1b\[Ke2fsck: pass %d of 5, 100 %%" % number for number in (1, 2, 3, 5))
+    assert re.search(steps + rb".*\x1b\[K4[0-9][0-9] names", shown, re.DOTALL), shown
+    assert re.search(steps + rb"\r\x1b\[K$", _shown("trim", store, program=program), re.DOTALL)
+    shown = _shown("shrink", store, "16M", program=program)
+    moved = rb".*\x1b\[Kresize2fs: pass [0-9], 100 %\r\x1b\[K$"
+    assert re.search(rb"\x1b\[K[0-9]+ MiB.*" + steps + moved, shown, re.DOTALL), shown
+    assert store.stat().st_size == 16 << 20
+    assert cowfs("check", "-n", store).returncode == 0
+    assert _shown("-q", "check", store, program=program) == b""

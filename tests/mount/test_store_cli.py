@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -205,6 +206,33 @@ def test_create_without_o_tmpfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(files, "renameat2", lambda *_: (_ for _ in ()).throw(OSError(22, "Invalid")))
     create_store(str(tmp_path / "three"), 16 * MIB)
     assert (tmp_path / "three").stat().st_size == 16 * MIB
+
+
+def test_zeros_that_are_written_to_allocate_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on FAT and NFS 3, where that takes long."""
+    from cowfs.linux import files
+    from cowfs.store.offline.create import create_store
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(files, "fallocate", refused)
+    written: list[int] = []
+    create_store(str(tmp_path / "store"), 16 * MIB, tick=written.append)
+    assert sum(written) == 16 * MIB
+    assert len(written) > 1
+
+
+def test_mke2fs_fails(tmp_path: Path) -> None:
+    """Its last line says why, also while it tells how far it is."""
+    with replaced(
+        tmp_path / "bin",
+        mke2fs='case " $* " in *" -q "*) exit 2;; esac; printf 1/2; echo; echo no luck; exit 1',
+    ):
+        refused(cowfs("create", tmp_path / "store", "16"), "mke2fs failed: no luck")
+    assert not (tmp_path / "store").exists()
 
 
 # --- grow

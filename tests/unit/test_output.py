@@ -58,6 +58,23 @@ def test_the_rate_does_not_count_what_came_before_the_first(monkeypatch: pytest.
     assert shown == ["1 changes", "100 changes, 10/s, 10 s left"]
 
 
+def test_the_time_left_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the step that runs; none while it is too early, or all is done."""
+    clock, shown = [0.0], list[str]()
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    show = output.shares(shown.append)
+    for clock[0], share in (
+        (50.0, 0.0),
+        (50.5, 0.1),
+        (60.0, 0.05),
+        (61.0, 0.05),
+        (1060.0, 0.5),
+        (1070.0, 1.0),
+    ):
+        show("checked", share)
+    assert shown == ["checked", "checked", "checked", "checked, 19 s left", "checked, 17 min left", "checked"]
+
+
 def test_ctrl_c_while_a_class_is_made_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     """Up to Python 3.11, an exception in a __set_name__() becomes the cause of another."""
 

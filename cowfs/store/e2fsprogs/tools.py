@@ -21,6 +21,8 @@ from cowfs.store.format.superblock import flag_recovery, needs_recovery
 
 Progress = Callable[[str], None]
 """Called with a line of text about something that takes a while or is worth knowing."""
+Share = Callable[[str, float], object]
+"""Called often, with a text about how far a program is, and the share of its work that is done, at most 1."""
 
 FSCK_CORRECTED = 1
 FSCK_UNCORRECTED = 4
@@ -172,17 +174,24 @@ def last_line(output: bytes) -> str:
     return lines[-1] if lines else "no message"
 
 
+_PASSES = (0.0, 0.7, 0.9, 0.92, 0.95, 1.0)
+"""The share of a check that is done before each pass of e2fsck, and after all, as in its own bar."""
+
+
 @contextmanager
-def _passes(show: Progress) -> Iterator[int]:
-    """Yield a descriptor to which e2fsck writes how far it is; *show* gets that as text, in a thread."""
+def _passes(show: Share) -> Iterator[int]:
+    """Yield a descriptor to which e2fsck writes how far it is; *show* gets that, in a thread."""
     reading, writing = os.pipe()
 
     def read() -> None:
         with open(reading, errors="replace") as lines:
             for line in lines:
                 number, done, whole, *_ = (*line.split(), "", "", "")  # and the device
-                if done.isdecimal() and whole.isdecimal() and int(whole):
-                    show(f"e2fsck: pass {number} of 5, {100 * int(done) // int(whole)} %")
+                if number in set("12345") and done.isdecimal() and whole.isdecimal() and int(whole):
+                    share = min(int(done) / int(whole), 1)
+                    before, after = _PASSES[int(number) - 1 : int(number) + 1]
+                    text = f"e2fsck: pass {number} of 5, {int(100 * share)} %"
+                    show(text, before + (after - before) * share)
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
@@ -193,11 +202,11 @@ def _passes(show: Progress) -> Iterator[int]:
         thread.join()
 
 
-def fsck(fd: int, path: str, *options: str, show: Progress | None = None) -> tuple[int, str]:
+def fsck(fd: int, path: str, *options: str, show: Share | None = None) -> tuple[int, str]:
     """Run ``e2fsck OPTIONS`` on the image behind *fd*; return its exit code (e2fsck(8)) and its output, in
     which the image is called *path*.
 
-    Blocks. *show* gets a text about how far it is, often. e2fsck begins lines with the label of the
+    Blocks. *show* is called by another thread. e2fsck begins lines with the label of the
     filesystem. The label of stores is *cowfs*, so the lines would look like our messages: it is removed.
     """
     label = _label(fd)
@@ -214,7 +223,7 @@ def fsck(fd: int, path: str, *options: str, show: Progress | None = None) -> tup
     return code, "".join(line.removeprefix(f"{label}: ").replace(place(fd), path) for line in said)
 
 
-def fsck_recovered(fd: int, path: str, *, sound: bool, show: Progress | None = None) -> tuple[int, str]:
+def fsck_recovered(fd: int, path: str, *, sound: bool, show: Share | None = None) -> tuple[int, str]:
     """Return the result of ``e2fsck -f -n`` for an image as it would be after a replay of its journal.
 
     Blocks. Nothing is written to the image: its metadata and the journal are copied to memory, and the copy
@@ -256,8 +265,38 @@ def _harmless(output: bytes) -> bytes:
     return output.translate(None, _DRIVES_A_TERMINAL)
 
 
-def resize(fd: int, path: str, *options: str, size: str = "", show: bool = False, hint: str = "") -> None:
-    """Run ``resize2fs OPTIONS`` on the image behind *fd*, so that it fills its file, or has *size*. Blocks.
+_BAR = 40
+"""The length of resize2fs's bars."""
+
+
+def shrink(fd: int, path: str, size: str, share: Share | None = None) -> None:
+    """Run resize2fs on the image behind *fd*, which has just been checked, so that it has *size*. Blocks.
+
+    StoreError if it fails; *path* is for messages.
+    """
+    said = b""
+
+    def show(piece: bytes) -> None:
+        nonlocal said
+        said += piece
+        _, begun, bar = said.rpartition(b"Begin pass ")
+        if share is not None and begun and b"\b" in bar:  # the bar is drawn, and then drawn over
+            done = min(bar.rpartition(b"\b")[2].count(b"X") / _BAR, 1)
+            share(f"resize2fs: pass {bar[:1].decode()}, {int(100 * done)} %", done)
+
+    if share is not None:
+        share("resize2fs", 0)
+    with deferred():
+        done = run(["resize2fs", "-f", "-p", place(fd), size], pass_fds=[fd], merge=True, show=show)
+    if done.returncode:
+        why = last_line(said.rpartition(b"\b")[2].lstrip(b"X")).replace(place(fd), path)
+        raise StoreError(f"{path}: resize2fs failed: {why}")
+    if _is_left_wrong(fd):
+        recover(fd, path, quiet, "-f")
+
+
+def resize(fd: int, path: str, *options: str, show: bool = False, hint: str = "") -> None:
+    """Run ``resize2fs OPTIONS`` on the image behind *fd*, so that it fills its file. Blocks.
 
     *show* shows its output to the user. StoreError with *hint* if it fails; *path* is for messages.
     """
@@ -267,7 +306,7 @@ def resize(fd: int, path: str, *options: str, size: str = "", show: bool = False
         sys.stdout.buffer.flush()
 
     with deferred():
-        command = ["resize2fs", *options, place(fd), *([size] if size else [])]
+        command = ["resize2fs", *options, place(fd)]
         done = run(command, pass_fds=[fd], merge=not show, show=write if show else None)
     if done.returncode:
         why = last_line(done.stderr if show else done.stdout).replace(place(fd), path)

@@ -17,7 +17,7 @@ from cowfs.overlay.stack import notes_of
 from cowfs.overlay.xattr_format import Notes, XattrFormat, is_whiteout_device, leads_somewhere, parse_partial
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import deferred
-from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.e2fsprogs.tools import Progress, Share, quiet
 from cowfs.store.format import copy_detection, layout
 from cowfs.store.format.checkpoints import Layers
 from cowfs.store.format.header import AUFS, TRUSTED, WITH_LAYERS, Header
@@ -60,8 +60,8 @@ class Listener:
 
     say: Progress = quiet
     """Gets the lines that e2fsck prints."""
-    show: Progress | None = None
-    """Gets a text about how far e2fsck is, often, and from another thread."""
+    show: Share | None = None
+    """Told how far e2fsck is, from another thread."""
     tick: Callable[[], object] = lambda: None
     """Called for each name in the store."""
 

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from cowfs.errors import StoreError, UsageError
@@ -14,7 +14,7 @@ from cowfs.linux import files
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.mke2fs import format_image
 from cowfs.store.e2fsprogs.signals import cleaned_up
-from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.e2fsprogs.tools import Share
 from cowfs.store.format import layout
 from cowfs.store.format.header import new_header
 from cowfs.store.format.sizes import LARGEST, SMALLEST, check_room, format_size
@@ -25,12 +25,20 @@ from cowfs.store.served.directory import refuse_unsafe_path
 from cowfs.store.served.image import claim, open_file, open_layer
 
 
-def create_store(path: str, size: int, *, key: bytes | None = None, progress: Progress = quiet) -> None:
+def create_store(
+    path: str,
+    size: int,
+    *,
+    key: bytes | None = None,
+    share: Share | None = None,
+    tick: Callable[[int], object] = lambda _: None,
+) -> None:
     """Create a store of *size* bytes at *path*, which must not exist, and allocate all its blocks. Blocks.
 
     With a *key* it is encrypted; *size* includes the header of LUKS. The store appears completely or not at
-    all: after a failure, SIGINT, SIGTERM or SIGHUP nothing is left. UsageError for an invalid size,
-    StoreError for an unsuitable place, SystemFailure without e2fsprogs.
+    all: after a failure, SIGINT, SIGTERM or SIGHUP nothing is left. *tick* gets the number of bytes written
+    to allocate it, *share* is told how far mke2fs is. UsageError for an invalid size, StoreError for an
+    unsuitable place, SystemFailure without e2fsprogs.
     """
     _check_size(size, key)
     if os.path.isdir(path):
@@ -51,18 +59,18 @@ def create_store(path: str, size: int, *, key: bytes | None = None, progress: Pr
     refuse_unsafe_path(path, directory)
     check_room(path, directory, size)
     tools.program("mke2fs")
-    progress(f"making {path}, {format_size(size)}")
     with cleaned_up(), unfinished(path, directory) as fd:
-        allocate(fd, path, 0, size)
-        _fill(fd, path, key)
+        allocate(fd, path, 0, size, tick=tick)
+        _fill(fd, path, key, share)
         fill_holes(fd, 0, size)
         os.fsync(fd)
 
 
-def create_on_device(path: str, *, key: bytes | None = None, progress: Progress = quiet) -> int:
+def create_on_device(path: str, *, key: bytes | None = None, share: Share | None = None) -> int:
     """Create a store on the whole block device at *path*, which must be empty; return its size in bytes.
 
-    With a *key* it is encrypted. Blocks. UsageError, StoreError, StoreBusy, SystemFailure.
+    With a *key* it is encrypted. *share* is told how far mke2fs is. Blocks. UsageError, StoreError,
+    StoreBusy, SystemFailure.
     """
     path = os.path.abspath(path)
     tools.program("mke2fs")
@@ -76,8 +84,7 @@ def create_on_device(path: str, *, key: bytes | None = None, progress: Progress 
         size = files.size_of(fd)
         _check_size(size, key)
         _refuse_content(fd, path)
-        progress(f"making {path}, {format_size(size)}")
-        _fill(fd, path, key)
+        _fill(fd, path, key, share)
         os.fsync(fd)
         return size
 
@@ -104,13 +111,13 @@ def _refuse_content(fd: int, path: str) -> None:
     raise StoreError(f"{path}: holds {found}", f"if it may be erased: wipefs -a {path}")
 
 
-def _fill(fd: int, path: str, key: bytes | None) -> None:
+def _fill(fd: int, path: str, key: bytes | None, share: Share | None) -> None:
     """Make the store in a file or device; with a *key*, in a new LUKS volume there."""
     if key is None:
-        _format(fd, path)
+        _format(fd, path, share)
         return
     with luks.formatted(fd, path, key) as inside:
-        _format(inside, path)
+        _format(inside, path, share)
 
 
 @contextmanager
@@ -162,10 +169,10 @@ def _publish(fd: int, parent: int, temporary: str, name: str) -> None:
     files.rename_new(parent, temporary, name)
 
 
-def _format(fd: int, path: str) -> None:
+def _format(fd: int, path: str, share: Share | None) -> None:
     """Make the filesystem, and in it the directories and the header. Root owns them."""
     identity = str(uuid.uuid4())
-    format_image(fd, path, identity, keep=True)
+    format_image(fd, path, identity, keep=True, share=share)
     with ExitStack() as stack:
         layer = open_layer(fd, path, stack)
         layout.ensure_directory(layer, layer.root, layout.UPPER, 0o755)  # the first inode, as before

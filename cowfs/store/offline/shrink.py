@@ -13,7 +13,7 @@ from cowfs.errors import StoreError, UsageError
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
-from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.e2fsprogs.tools import Share
 from cowfs.store.format import copy_detection
 from cowfs.store.format.sizes import SMALLEST, format_size
 from cowfs.store.format.superblock import read_superblock
@@ -28,12 +28,19 @@ Replacing = Callable[[str], AbstractContextManager[int]]
 _MINIMUM = re.compile(r"minimum size of the filesystem: (\d+)")
 
 
-def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress: Progress = quiet) -> int:
+def shrink_store(
+    path: str,
+    size: int | None,
+    replacing: Replacing,
+    *,
+    share: Share | None = None,
+    tick: Callable[[int], object] = lambda _: None,
+) -> int:
     """Shrink the image at *path* to *size* bytes, or as far as possible; return its size. Blocks.
 
     *replacing* provides a file that replaces *path* at the end. The image is copied to it, and the copy is
-    shrunk. So after an interruption, the image is either the old or the new one. StoreError, StoreBusy,
-    UsageError.
+    shrunk. So after an interruption, the image is either the old or the new one. *tick* gets the number of
+    bytes copied, *share* is told how far e2fsck and resize2fs are. StoreError, StoreBusy, UsageError.
     """
     with cleaned_up(), ExitStack() as stack:
         fd, path = _open(path, stack)
@@ -49,10 +56,9 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
         directory = os.path.dirname(path)
         _must_have_room(fd, path, directory)
         copy = stack.enter_context(replacing(path))
-        progress(f"copying {path}")
-        for _ in copy_image(fd, copy):
-            pass
-        _check(copy, path, "-f", "-p", is_copy=True)
+        for length in copy_image(fd, copy):
+            tick(length)
+        _check(copy, path, "-f", "-p", is_copy=True, share=share)
         least = max(_least(copy, path) * unit, SMALLEST)
         wanted = least if size is None else max(size, unit) // unit * unit
         if wanted < least:
@@ -61,9 +67,8 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
                 f"give {_in_mb(least)}, or delete files",
             )
         if wanted < superblock.size:
-            progress(f"making it smaller: {format_size(wanted)}")
             with _same_times(copy, path):
-                tools.resize(copy, path, "-f", size=f"{wanted // 1024}K")
+                tools.shrink(copy, path, f"{wanted // 1024}K", share)
         os.ftruncate(copy, read_superblock(copy, path, smallest=0).size)
         finish_copy(copy, path)
         if is_whole:
@@ -73,15 +78,14 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
         return os.fstat(copy).st_size
 
 
-def trim_store(path: str, *, progress: Progress = quiet) -> int:
+def trim_store(path: str, *, share: Share | None = None) -> int:
     """Return the free space of the image at *path* to the disk; return the number of bytes. Blocks.
 
-    StoreError, StoreBusy.
+    *share* is told how far e2fsck is. StoreError, StoreBusy.
     """
     with cleaned_up(), ExitStack() as stack:
         fd, path = _open(path, stack)
-        progress(f"checking {path}")
-        freed = _trim(fd, path)
+        freed = _trim(fd, path, share)
         copy_detection.closed(fd)
         return freed
 
@@ -108,9 +112,9 @@ def trim_open_store(store: Store) -> Generator[Step | str, None, int]:
     return freed
 
 
-def _trim(fd: int, path: str) -> int:
+def _trim(fd: int, path: str, share: Share | None = None) -> int:
     before = os.fstat(fd).st_blocks
-    _check(fd, path, "-f", "-p", "-E", "discard")
+    _check(fd, path, "-f", "-p", "-E", "discard", share=share)
     os.fsync(fd)
     return max(before - os.fstat(fd).st_blocks, 0) * 512
 
@@ -159,9 +163,9 @@ def _must_have_room(fd: int, path: str, directory: str) -> None:
         )
 
 
-def _check(fd: int, path: str, *options: str, is_copy: bool = False) -> None:
+def _check(fd: int, path: str, *options: str, is_copy: bool = False, share: Share | None = None) -> None:
     with deferred():
-        code, said = tools.fsck(fd, path, *options)
+        code, said = tools.fsck(fd, path, *options, show=share)
     if code & ~(tools.FSCK_CORRECTED | 2):
         unchanged = "nothing was changed; " if is_copy else ""
         raise StoreError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 
 from cowfs.errors import StoreError
@@ -12,15 +13,23 @@ from cowfs.linux import files
 from cowfs.store.format.sizes import format_size
 
 
-def allocate(fd: int, path: str, start: int, end: int, length: int | None = None) -> None:
+def allocate(
+    fd: int,
+    path: str,
+    start: int,
+    end: int,
+    length: int | None = None,
+    tick: Callable[[int], object] = lambda _: None,
+) -> None:
     """Allocate all blocks of a file from *start* to *end*, which may be beyond its end.
 
     Blocks until they are on disk. If there is not enough space, cut the file to its former *length* (by
-    default *start*), and raise StoreError.
+    default *start*), and raise StoreError. *tick* gets the number of bytes written, on a filesystem
+    on which they must be.
     """
     length = start if length is None else length
     try:
-        files.make_room(fd, start, end, alone=True)
+        files.make_room(fd, start, end, alone=True, tick=tick)
         os.fsync(fd)
     except OSError as error:
         os.ftruncate(fd, length)
