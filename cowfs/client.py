@@ -202,7 +202,10 @@ class Patience:
         owner = owner_of(dev)
         left = self._left.get(owner, self._in_all)
         if left <= 0:
-            raise Silent(f"{name_of(dev)}: not asked, because other daemons of uid {owner} do not answer")
+            raise Silent(
+                f"{name_of(dev)}: not asked, because other daemons of uid {owner} do not answer",
+                "cowfs umount -l removes those",
+            )
         begun = time.monotonic()
         try:
             return facts_of(dev, timeout=min(self._each, left))

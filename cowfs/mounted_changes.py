@@ -211,7 +211,10 @@ class MountedChanges:
         found = identities(paths, offsets, data_only, styles)
         for now, fingerprint in zip(found, fingerprints, strict=True):
             if now.fingerprint != fingerprint:
-                raise MountFailure(f"{now.path}: has changed since it was mounted: {now.description}")
+                raise MountFailure(
+                    f"{now.path}: has changed since it was mounted: {now.description}",
+                    "put the old one back, or unmount",
+                )
         layers = open_lowers(paths, "auto", offsets, data_only, styles)
         for layer in layers:
             self._stack.callback(layer.close)

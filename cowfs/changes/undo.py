@@ -32,7 +32,9 @@ def last_batch(fs: Overlay) -> Batch:
     """Return the last revert. StoreError if there is none. Blocks; OSError."""
     batch = next(batches(fs.upper), None)
     if batch is None:
-        raise StoreError("nothing to undo: nothing was reverted, or the trash was emptied")
+        raise StoreError(
+            "nothing to undo: nothing was reverted, or the trash was emptied", "cowfs diff lists the changes"
+        )
     return batch
 
 

@@ -18,6 +18,7 @@ from cowfs.linux.signals import hold_back, open_signals, take, unblock
 
 _PATIENCE_MS = 5_000
 """How long to wait, in milliseconds, for a daemon that was asked to end."""
+_REPORT = "please report this, with what -o log=FILE writes"
 
 
 class Reporter:
@@ -80,8 +81,10 @@ def run_in_background(
         raise SystemExit(128 + asked)
     if not said:
         if os.WIFSIGNALED(status):
-            raise MountFailure(f"the daemon was killed by {signal.Signals(os.WTERMSIG(status)).name}")
-        raise InternalError(f"the daemon exited without reporting a result (wait status {status})")
+            number = signal.Signals(os.WTERMSIG(status))
+            hint = "memory may have run out: see dmesg" if number == signal.SIGKILL else _REPORT
+            raise MountFailure(f"the daemon was killed by {number.name}", hint)
+        raise InternalError(f"the daemon exited without reporting a result (wait status {status})", _REPORT)
     failure = CowfsError(report["error"])
     failure.exit_code = report["code"]
     raise failure
@@ -120,7 +123,7 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
         reporter = Reporter(pipe)
         try:
             code = _interruptible(daemon, reporter)
-            reporter.failed(MountFailure("unmounted before the daemon was ready"))
+            reporter.failed(MountFailure("unmounted before the daemon was ready", "mount again"))
         except CowfsError as error:
             logging.getLogger(__name__).error("%s", error)
             reporter.failed(error)
@@ -128,7 +131,7 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
         except KeyboardInterrupt:
             reporter.failed(MountFailure("the daemon was interrupted (SIGINT)"))
         except BaseException as error:
-            failure = explain_shortage(error) or InternalError(f"the daemon failed: {error!r}")
+            failure = explain_shortage(error) or InternalError(f"the daemon failed: {error!r}", _REPORT)
             code = failure.exit_code
             logging.getLogger(__name__).exception("the daemon failed")
             reporter.failed(failure)

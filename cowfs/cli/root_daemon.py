@@ -204,11 +204,18 @@ def judge(args: argparse.Namespace) -> list[str]:
             raise
         return []  # opening the store creates it, or reports what is wrong
     if facts["format"] not in {"overlayfs", "aufs", "none yet"}:
-        raise CowfsError(facts["problem"] or f"{store}: the store has the {facts['format']} format")
+        if facts["problem"]:
+            raise CowfsError(facts["problem"])
+        raise CowfsError(
+            f"{store}: the store has the {facts['format']} format", f"cowfs info {store} tells more"
+        )
     made_for = facts["lowers"]
     if made_for and made_for[-1]["fingerprint"] != lower.fingerprint:
         other = f"{made_for[-1]['path']} ({made_for[-1]['description']})"
-        raise WrongLower(f"{store} belongs to {other}, not to this root image")
+        raise WrongLower(
+            f"{store} belongs to {other}, not to this root image",
+            "boot with that image, or transfer the store: cowfs rebase",
+        )
     return [below["fingerprint"] for below in made_for[:-1]]
 
 
@@ -224,7 +231,10 @@ def stores_below(args: argparse.Namespace, wanted: list[str]) -> list[str]:
     uppers = []
     for fingerprint in wanted:
         if fingerprint not in found:
-            raise WrongLower(f"{args.store} is based on a store on read-only media, which was not found")
+            raise WrongLower(
+                f"{args.store} is based on a store on read-only media, which was not found",
+                "attach the disk that it is on, and boot again",
+            )
         upper, store = found[fingerprint]
         uppers.append(upper)
         print(printable(f"{args.store} is based on {store}"), file=sys.stderr)
@@ -239,13 +249,18 @@ def show_read_only(store: str, place: str, name: str | None = None) -> str:
     facts = store_info(of_several(store, name))
     is_aufs = facts["format"] == "aufs"
     if not facts["lowers"] and not is_aufs:
-        raise CowfsError(f"{store}: not a store that holds changes (format: {facts['format']})")
+        raise CowfsError(
+            f"{store}: not a store that holds changes (format: {facts['format']})",
+            f"cowfs info {store} tells more",
+        )
     loop, device = loop_devices.attach_loop(store, readonly=True)
     options = {"noload": None} if facts["state"] == "needs recovery" else {}
     try:
         root = mounts.detached_mount("ext3", device, options, readonly=True)
     except OSError as error:
-        raise CowfsError(f"{store}: the kernel cannot mount it: {error.strerror}") from None
+        raise CowfsError(
+            f"{store}: the kernel cannot mount it: {error.strerror}", "for details see dmesg"
+        ) from None
     finally:
         os.close(loop)
     attach(root, place)

@@ -181,7 +181,7 @@ def _parent(path: str) -> Iterator[tuple[int, str]]:
     except OSError as error:
         if _is_read(error.filename):
             raise
-        hint = ""
+        hint = "free space there, or give another path"
         if os.fstat(parent).st_nlink == 0:
             hint = f"its directory was removed meanwhile: mkdir -p {directory or os.getcwd()}, and try again"
         elif error.errno == errno.EACCES:

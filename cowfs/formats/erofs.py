@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs.errors import AGAIN
 
 OFFSET = 1024
 SIZE = 128
@@ -41,13 +42,13 @@ def parse(start: bytes, name: str, file_size: int) -> Superblock:
     """Read the superblock of an image that begins with *start*. LayerError if it is damaged."""
     raw = start[OFFSET : OFFSET + SIZE]
     if len(raw) < SIZE:
-        raise LayerError(f"{name}: truncated EROFS image: {file_size} bytes")
+        raise LayerError(f"{name}: truncated EROFS image: {file_size} bytes", AGAIN)
     _, _, _, block_log, _, _, inodes, made, _, blocks, needs, others = _LAYOUT.unpack_from(raw)
     size = blocks << block_log
     if not 9 <= block_log <= 16 or not inodes or not blocks or made >= 1 << 36:
-        raise LayerError(f"{name}: damaged EROFS superblock")
+        raise LayerError(f"{name}: damaged EROFS superblock", AGAIN)
     if size > file_size:
-        raise LayerError(f"{name}: truncated EROFS image: {file_size} of {size} bytes")
+        raise LayerError(f"{name}: truncated EROFS image: {file_size} of {size} bytes", AGAIN)
     if needs & _DEVICE_TABLE and others:
         # Linux before 6.4 opens them by the names in the image: it would show any disk (fs/erofs/super.c).
         raise LayerError(

@@ -61,7 +61,10 @@ class VerifiedBytes:
         self._reported: set[int] = set()
         blocks, self._salt = _superblock(tree, name)
         if blocks * BLOCK > data.size or not blocks:
-            raise LayerError(f"{name}: its hash tree covers {blocks * BLOCK} bytes, but it has {data.size}")
+            raise LayerError(
+                f"{name}: its hash tree covers {blocks * BLOCK} bytes, but it has {data.size}",
+                "give the tree that was made for this image",
+            )
         self.size = blocks * BLOCK
         self._levels = _levels(blocks)
         self._root = root_hash

@@ -144,10 +144,15 @@ class Link:
         start(self._thread)
         self._send_opening()
         if not fetch.wait(_OPENING + _GRACE):
-            raise LayerError(f"{self.url}: the process that fetches it does not answer")
+            raise LayerError(
+                f"{self.url}: the process that fetches it does not answer", "check the network, and try again"
+            )
         answer = self._opened
         if answer is None:
-            raise LayerError(f"{self.url}: {fetch.error.strerror if fetch.error else 'cannot be read'}")
+            raise LayerError(
+                f"{self.url}: {fetch.error.strerror if fetch.error else 'cannot be read'}",
+                "check the network, and try again",
+            )
         try:
             said = answer.json()
             if answer.kind == Kind.FAILED:

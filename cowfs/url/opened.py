@@ -118,7 +118,7 @@ def _begin(url: str, settings: Settings) -> RemoteFile:
     try:
         version = link.open()
         if not version.size:
-            raise LayerError(f"{url}: is empty")
+            raise LayerError(f"{url}: is empty", "check the URL")
         return RemoteFile(link, version, _disk_cache(url, version, settings))
     except BaseException:
         link.close()

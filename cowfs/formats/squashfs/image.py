@@ -291,7 +291,9 @@ def open_image(path: str, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> Im
     try:
         data = open_bytes(path)
     except OSError as error:
-        raise LayerError(f"{path}: {error.strerror}") from error
+        raise LayerError(
+            f"{path}: {error.strerror}", "give the path of an image that you may read"
+        ) from error
     return image_in(data, path, offset, cache_bytes)
 
 

@@ -108,8 +108,8 @@ def open_unchecked(path: str) -> Bytes:
         return FileBytes(fd)
     os.close(fd)
     if kind == stat.S_IFDIR:
-        raise LayerError(f"{path}: is a directory, not a squashfs image")
-    raise LayerError(f"{path}: is neither a file nor a block device")
+        raise LayerError(f"{path}: is a directory, not a squashfs image", "give the path of the image")
+    raise LayerError(f"{path}: is neither a file nor a block device", "give the path of the image")
 
 
 class Source:

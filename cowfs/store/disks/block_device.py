@@ -142,7 +142,8 @@ def split(path: str) -> tuple[str, str]:
     else:
         return "", path
     if prefix.startswith("/dev/") and os.stat(above).st_dev == os.stat("/dev").st_dev:
-        raise StoreError(f"{prefix}: {why}")  # a file created in /dev would be in memory
+        # A file created in /dev would be in memory.
+        raise StoreError(f"{prefix}: {why}", "lsblk lists the disks")
     return "", path
 
 
@@ -167,14 +168,17 @@ def directory_of(path: str) -> Iterator[tuple[int, str]]:
         try:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
         except OSError as error:
-            raise StoreError(f"{device}{below}: {error.strerror}") from None
+            raise StoreError(
+                f"{device}{below}: {error.strerror}", "name a directory of that disk" if device else ""
+            ) from None
         stack.callback(os.close, fd)
         reason = who_can_redirect(device) if device else who_can_redirect(directory, fd)
         if reason is not None:
             raise StoreError(f"{device}{below}: {reason}", "give a name in the directory itself")
         if root is not None and mount_table.mount_id(fd) != mount_table.mount_id(root):
             raise StoreError(
-                f"{device}{below}: leads to another filesystem, through a symbolic link or a mount"
+                f"{device}{below}: leads to another filesystem, through a symbolic link or a mount",
+                "name a directory of that disk",
             )
         yield fd, name
 
@@ -215,7 +219,9 @@ def _make_writable(device: str, mount: MountInfo, stack: ExitStack) -> None:
     try:
         mounts.remount(mount.mountpoint, readonly=False)
     except OSError as error:
-        raise StoreError(f"{device}: cannot be made writable: {error.strerror}") from None
+        raise StoreError(
+            f"{device}: cannot be made writable: {error.strerror}", "for details see dmesg"
+        ) from None
 
     def undo(kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
@@ -235,14 +241,16 @@ def _mount(device: str) -> int:
     try:
         what = _content(device)
     except OSError as error:
-        raise StoreError(f"{device}: cannot be read: {error.strerror}") from None
+        raise StoreError(f"{device}: cannot be read: {error.strerror}", "for details see dmesg") from None
     for kind in _likely(what):
         try:
             return mounts.detached_mount(kind.fstype, device, kind.naming)
         except OSError as error:
             if error.errno in _OF_ANOTHER_KIND:
                 continue
-            raise StoreError(f"{device}: {_why_not(kind.fstype, error)}") from None
+            raise StoreError(
+                f"{device}: {_why_not(kind.fstype, error)}", "use another disk, or see dmesg"
+            ) from None
     if parts := sorted(place.parent.name for place in matching(_facts(device), "*/partition")):
         raise StoreError(
             f"{device}: has the partitions {', '.join(parts)}", f"give one of them: /dev/{parts[0]}"

@@ -37,6 +37,7 @@ BELOW = ""
 UPPER = 0
 """The number of the upper, where layers have numbers."""
 _LONGEST = 100
+_BACK = "restore the store from a copy"
 _MOST = 100
 """The most layers below an upper. The kernel's overlayfs accepts 500, but mount options end at one page."""
 _MOST_KEPT = 10_000
@@ -150,7 +151,9 @@ class Layers:
                     "it holds changes that were made before a checkpoint; restore it from a copy",
                 )
         if len(numbers) > _MOST:
-            raise StoreError(f"{self._layer.name}: damaged: more than {_MOST} checkpoints below each other")
+            raise StoreError(
+                f"{self._layer.name}: damaged: more than {_MOST} checkpoints below each other", _BACK
+            )
         return [known[number] for number in numbers]
 
     def named(self, name: str) -> Checkpoint:
@@ -300,7 +303,7 @@ class Layers:
                 continue
             count += 1
             if count > _MOST_KEPT:
-                raise StoreError(f"{self._layer.name}: damaged: more than {_MOST_KEPT} checkpoints")
+                raise StoreError(f"{self._layer.name}: damaged: more than {_MOST_KEPT} checkpoints", _BACK)
             yield number, found[0]
 
     def _get(self, key: Key, what: bytes) -> bytes | None:

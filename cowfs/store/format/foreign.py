@@ -131,7 +131,10 @@ def _of_debian(path: str) -> tuple[str, set[bytes]]:
         source = next((one[len("source=") :] for one in options if one.startswith("source=")), "")
         if directory == "/" and "union" in options and "/" not in sources:
             if source.startswith("/") or ".." in source.split("/"):
-                raise StoreError(f"{path}/{_CONFIGURATION}: source={source} leads out of it")
+                raise StoreError(
+                    f"{path}/{_CONFIGURATION}: source={source} leads out of it",
+                    "write the source as a path in it",
+                )
             sources["/"] = source or "."
         elif directory != "/":
             sources[directory] = source or directory
@@ -153,7 +156,9 @@ def _lines(path: str) -> Iterator[tuple[str, list[str]]]:
         with open(open_ordinary(os.path.join(path, _CONFIGURATION), os.O_RDONLY), "rb") as file:
             lines = file.read(_LARGEST).decode(errors="replace").splitlines()
     except OSError as error:
-        raise StoreError(f"{path}/{_CONFIGURATION}: {error.strerror}") from None
+        raise StoreError(
+            f"{path}/{_CONFIGURATION}: {error.strerror}", "run this as root, or check its disk"
+        ) from None
     for line in lines:
         words = line.partition("#")[0].split()
         if words:

@@ -150,7 +150,7 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
             with closing(checked(FileBytes(os.dup(fd)), place(path), open_unchecked)) as data:
                 return _image(data, path, offset)
     except OSError as error:
-        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
+        raise LayerError(f"{path}: cannot be read: {error.strerror}", "check its disk: see dmesg") from None
     finally:
         os.close(fd)
     raise LayerError(f"{path}: neither a squashfs image nor a directory", "mksquashfs creates an image")
@@ -168,7 +168,7 @@ def identify_image(fd: int, path: str) -> Identity:
             except LayerError as error:
                 raise LayerError(error.message, _copied_out(data, error.hint)) from None
     except OSError as error:
-        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
+        raise LayerError(f"{path}: cannot be read: {error.strerror}", "check its disk: see dmesg") from None
 
 
 def _copied_out(data: Bytes, hint: str) -> str:

@@ -89,7 +89,9 @@ def check_store(
                 how = "-n" if read_only else "-y" if repair_all else "-p"
                 _check_image(path, how, listener, report, stack)
         except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+            raise StoreError(
+                f"{path}: cannot be read: {error.strerror}", "run this as its owner, or check its disk"
+            ) from None
     return report
 
 

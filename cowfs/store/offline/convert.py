@@ -151,7 +151,9 @@ def _convertible(layer: UpperLayer, target: str) -> tuple[UpperLayer, Header]:
     if layout.recognise(store) == "nothing":
         raise StoreError(f"{layer.name}: nothing is in it", "the first mount makes a store of it")
     if layout.whiteouts_of(store) == target:
-        raise StoreError(f"{layer.name}: the store has the {target} format already")
+        raise StoreError(
+            f"{layer.name}: the store has the {target} format already", "it can be mounted as it is"
+        )
     header = layout.find_header(store) or _new_header(layer)
     if not sees_all(layer, header):
         raise StoreError(f"{layer.name}: the store was created by root", "run this as root")

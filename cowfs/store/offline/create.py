@@ -131,7 +131,7 @@ def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
     try:
         parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from None
+        raise StoreError(f"{path}: {error.strerror}", "choose another directory") from None
     temporary = ""
     fd = -1
     try:

@@ -43,7 +43,9 @@ def store_info(spec: str) -> dict[str, Any]:
         try:
             return _directory(path, stack) if os.path.isdir(path) else _image(path, stack)
         except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+            raise StoreError(
+                f"{path}: cannot be read: {error.strerror}", "run this as its owner, or check its disk"
+            ) from None
 
 
 def _image(path: str, stack: ExitStack) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def persist(
         if name in os.listdir(place):
             raise StoreError(f"{path}: already exists", "choose another name")
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from None
+        raise StoreError(f"{path}: {error.strerror}", "choose another directory") from None
     check_room(path, place, wanted)
     memory.leaving = path
     try:

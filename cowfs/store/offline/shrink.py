@@ -179,7 +179,7 @@ def _least(fd: int, path: str) -> int:
     done = tools.run(["resize2fs", "-P", tools.place(fd)], pass_fds=[fd], merge=True)
     found = _MINIMUM.search(done.stdout.decode(errors="replace"))
     if done.returncode or found is None:
-        raise StoreError(f"{path}: resize2fs failed: {tools.last_line(done.stdout)}")
+        raise StoreError(f"{path}: resize2fs failed: {tools.last_line(done.stdout)}", "nothing was changed")
     return int(found[1])
 
 

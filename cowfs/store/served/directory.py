@@ -43,7 +43,9 @@ def open_directory(path: str, want: Wanted) -> Store:
         try:
             root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
+            raise StoreError(
+                f"{path}: cannot be opened: {error.strerror}", "run this as its owner, or check its disk"
+            ) from None
         stack.callback(os.close, root)
         lock.refuse_mounted_directory(root, path)
         if made:

@@ -128,7 +128,10 @@ def open_file(path: str, *, read_only: bool = False) -> int:
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise StoreError(f"{path}: not a store: neither a file, a block device nor a directory")
+            raise StoreError(
+                f"{path}: not a store: neither a file, a block device nor a directory",
+                "give the path of a file, a directory or a disk",
+            )
         if not read_only and files.is_read_only_device(os.fstat(fd)):
             raise StoreError(*_why_not(path, OSError(errno.EROFS, ""), read_only=False))
         if not read_only and not path.startswith(("/proc/self/fd/", "/dev/fd/")):
@@ -237,7 +240,7 @@ def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_on
     if key is None:
         key = layout.ensure_directory(layer, layer.root, os.fsencode(name), 0o755)
     if not stat.S_ISDIR(layer.stat(key).st_mode):
-        raise StoreError(f"{path}: not a store: {name} is no directory")
+        raise StoreError(f"{path}: not a store: {name} is no directory", "give subdir another name")
     if isinstance(layer, DirectoryLayer):
         layer = DirectoryLayer(layer.descriptor(key), path, privileged=True, alone=True)
         stack.callback(layer.close)
@@ -300,7 +303,10 @@ def _close(layer: UpperLayer, path: str) -> None:
     try:
         layer.close()
     except OSError as error:
-        raise StoreError(f"{path}: the last changes could not be written: {error.strerror}") from error
+        raise StoreError(
+            f"{path}: the last changes could not be written: {error.strerror}",
+            f"cowfs check -n {path} tells whether the rest is sound",
+        ) from error
 
 
 def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:

@@ -117,7 +117,10 @@ def open_memory(want: Wanted, size: int | None = None, subdir: str = "") -> Stor
                 "only root can mount a tmpfs", "--engine process works without root"
             ) from None
         except OSError as error:
-            raise SystemFailure(f"cannot mount a tmpfs for the store in memory: {error.strerror}") from None
+            raise SystemFailure(
+                f"cannot mount a tmpfs for the store in memory: {error.strerror}",
+                "--engine process needs none",
+            ) from None
         stack.callback(os.close, root)
         return directory.open_root(root, _NAME, want, stack, kind="memory")
 
@@ -190,7 +193,10 @@ def _open_image(want: Wanted, size: int | None, subdir: str, stack: ExitStack) -
         os.ftruncate(fd, min(size, _FIRST))
         is_made = size >= _FIRST and _write_template(fd)
     except OSError as error:
-        raise StoreError(f"memory: cannot create a {format_size(size)} file: {error.strerror}") from None
+        raise StoreError(
+            f"memory: cannot create a {format_size(size)} file: {error.strerror}",
+            "give a smaller size, or a store on a disk",
+        ) from None
     if not is_made:
         format_image(fd, _NAME, journal=_JOURNAL)
     superblock = read_superblock(fd, _NAME)
