@@ -38,6 +38,7 @@ from cowfs.checkpoints import (
 from cowfs.client import ask, checked_answer, find_mount
 from cowfs.command import warm as warm  # noqa: PLC0414 (re-exported by the package)
 from cowfs.errors import SystemFailure, UsageError
+from cowfs.exports.how import DIRECTORIES, How
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.mounted_changes import PATIENCE
 from cowfs.mounted_tree import MountedTree, mount
@@ -45,6 +46,7 @@ from cowfs.offline_changes import Lowers, Tell, open_offline_union
 from cowfs.opened_changes import Changes, open_changes
 from cowfs.types import Change
 from cowfs.watched import Event, Events, watch
+from cowfs.whole_stores import backup, convert, rebase, restore
 
 if TYPE_CHECKING:
     from cowfs.changes.blame import History
@@ -56,12 +58,12 @@ if TYPE_CHECKING:
     from cowfs.exports.choose import Ask
     from cowfs.exports.losses import Losses
     from cowfs.exports.plan import Plan
-    from cowfs.exports.run import How
 
 __all__ = [
-    "Change", "Changes", "Checkpoint", "Done", "Event", "Events", "Lowers", "MountedTree", "Tell", "apply",
-    "blame", "checkpoint", "checkpoints", "delete_checkpoint", "export", "histories", "line_counts", "mount",
-    "open_changes", "patch", "reclaimable", "report", "rollback", "take_back", "undo_apply", "watch",
+    "Change", "Changes", "Checkpoint", "Done", "Event", "Events", "How", "Lowers", "MountedTree", "Tell",
+    "apply", "backup", "blame", "checkpoint", "checkpoints", "convert", "delete_checkpoint", "export",
+    "histories", "line_counts", "mount", "open_changes", "patch", "rebase", "reclaimable", "report",
+    "restore", "rollback", "take_back", "undo_apply", "watch",
 ]  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def export(
     returns about how many paths there will be. Raises CowfsError, and OSError with the path of what cannot be
     read.
     """
-    from cowfs.exports.run import DIRECTORIES, Watch, check, export
+    from cowfs.exports.run import Watch, check, export
     from cowfs.exports.target import must_be_elsewhere
 
     check(how)

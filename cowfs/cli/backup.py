@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Copy the store."""
-    from cowfs.backups import backup
+    from cowfs.api import backup
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 

@@ -85,8 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Write the export, and report what the format cannot hold."""
-    from cowfs.api import export
-    from cowfs.exports.run import How
+    from cowfs.api import How, export
     from cowfs.exports.squashfs import COMPRESSIONS
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up

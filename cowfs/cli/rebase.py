@@ -77,9 +77,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Move the changes, or report what would be done."""
+    from cowfs.api import rebase
     from cowfs.changes.render import escape
     from cowfs.linux.limits import take_all_descriptors
-    from cowfs.rebasing import rebase
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     options.must_have_name(args.conflicts, "--conflicts ")
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         tally = Tally(progress, "paths")
         done = rebase(
             args.store,
-            old,
             new,
+            old,
             dry_run=args.dry_run,
             conflicts=args.conflicts,
             tell=warn,

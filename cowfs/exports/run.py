@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from cowfs.changes import pairs, patch
@@ -18,6 +18,7 @@ from cowfs.changes.version import Tree
 from cowfs.errors import SystemFailure, UsageError
 from cowfs.exports import iso, lists, oci, squashfs
 from cowfs.exports.entries import NOTHING, Tick, Withheld, feed
+from cowfs.exports.how import COMPRESSION, DIRECTORIES, FORMATS, STYLES, TAG, How
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, Plan, everything, plan
 from cowfs.exports.tar import Tar
@@ -25,17 +26,7 @@ from cowfs.exports.target import new_directory, new_file, scratch_directory
 from cowfs.exports.upper import Upper
 from cowfs.types import Change
 
-FORMATS = ("squashfs", "tar", "gnutar", "oci", "overlayfs", "iso", "patch", "rsync", "restic")
-DIRECTORIES = ("oci", "overlayfs")
-"""The formats whose target is a directory."""
-_STYLES = {
-    "squashfs": ("overlayfs", "aufs"),
-    "tar": ("oci", "aufs", "overlayfs", "list"),
-    "gnutar": ("oci", "aufs", "overlayfs", "list"),
-}
-"""The styles of whiteouts of each format that has several, the default first."""
 _CHANGES_ALONE = {"patch", "rsync", "restic"}
-_TAG, _COMPRESSION = "latest", "gzip"
 _GIT_MODES = {0o644, 0o755}
 _MODES, _XATTRS = "modes other than 644 and 755 left out", "extended attributes and ACLs left out"
 _OTHERS, _EMPTY = "devices, FIFOs and sockets left out", "empty directories left out"
@@ -66,34 +57,6 @@ class Source(pairs.Sides, Protocol):
     def __iter__(self) -> Iterator[Change]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class How:
-    """The options of an export."""
-
-    format: str
-    merged: bool = False
-    """Export the whole tree rather than only the changes."""
-    whiteouts: str = ""
-    """One of :data:`cowfs.exports.whiteouts.STYLES`; empty: the default of the format."""
-    base: str = ""
-    """For ``oci``: the layout of the base image, ``DIRECTORY[:TAG]``. For ``iso``: the ISO whose root image
-    to replace, ``FILE[:PATH]``."""
-    tag: str = _TAG
-    """For ``oci``: the name of the image."""
-    compression: str = _COMPRESSION
-    """For ``squashfs`` and ``iso``."""
-    force: bool = False
-    """Replace the target if it is a file or an empty directory."""
-    latest: int | None = None
-    """SOURCE_DATE_EPOCH, in seconds since the epoch: the time of creation, and the latest time of a file."""
-
-    @property
-    def style(self) -> str:
-        return (
-            self.whiteouts or _STYLES.get(self.format, ("oci" if self.format == "oci" else "overlayfs",))[0]
-        )
-
-
 class Watch:
     """Receives the progress: each path, the number of bytes read of it, and how many paths to expect."""
 
@@ -114,13 +77,13 @@ def check(how: How) -> None:
     """UsageError for options that do not go together."""
     if how.format not in FORMATS:
         raise UsageError(f"--to {how.format}: no such format", "known: " + ", ".join(FORMATS))
-    styles = _STYLES.get(how.format, ())
+    styles = STYLES.get(how.format, ())
     if how.whiteouts and how.whiteouts not in styles:
         hint = "known: " + ", ".join(styles) if styles else "leave it out"
         raise UsageError(f"--whiteouts {how.whiteouts}: not with --to {how.format}", hint)
     if how.merged and how.format in _CHANGES_ALONE:
         raise UsageError(f"--merged: not with --to {how.format}, which exports changes", "leave it out")
-    if how.tag != _TAG and how.format != "oci":
+    if how.tag != TAG and how.format != "oci":
         raise UsageError("--tag: only with --to oci", "leave it out")
     if not oci.NAME.fullmatch(how.tag):
         raise UsageError(
@@ -137,7 +100,7 @@ def check(how: How) -> None:
         )
     if how.base and how.format != "oci":
         raise UsageError("--base: only with --to oci or iso", "leave it out")
-    if how.compression != _COMPRESSION and how.format != "squashfs":
+    if how.compression != COMPRESSION and how.format != "squashfs":
         raise UsageError("--compression: only with --to squashfs or iso", "leave it out")
 
 

@@ -23,7 +23,7 @@ import pytest
 
 from cowfs import api, backups
 from cowfs.errors import CowfsError
-from cowfs.exports.run import How
+from cowfs.exports.how import How
 from tests.support.mounts import cowfs, mounted
 from tests.support.squashfs import mksquashfs
 from tests.support.system import needs_fuse, needs_root, run

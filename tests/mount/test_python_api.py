@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import cowfs
 from cowfs import api
 from cowfs.client import facts_of
 from cowfs.errors import CowfsError, MountFailure, SystemFailure, UsageError
+from cowfs.store.offline.create import create_store
 from cowfs.types import Change
 from tests.support.mounts import cowfs as command_of
 from tests.support.mounts import is_mounted
@@ -49,6 +51,42 @@ def test_a_tree_is_changed_kept_taken_back_and_gone(lower: Path) -> None:
         assert [one.name for one in tree.checkpoints()] == [first, second]
     assert not tree.path.exists()
     assert [path.name for path in lower.iterdir()] == ["old"]
+
+
+def test_changes_are_taken_elsewhere(tmp_path: Path) -> None:
+    """All that the commands do, with the functions that they call."""
+    old, new, copy = (tmp_path / name for name in ("old", "new", "copy"))
+    for root in (old, new, copy):
+        root.mkdir()
+        (root / "file").write_text("new" if root == new else "old")
+        (root / "gone").touch()
+    store, saved = str(tmp_path / "store.bs"), str(tmp_path / "saved.bs")
+    create_store(store, 16 << 20)
+    with cowfs.mount(old, store) as tree:
+        (tree.path / "mine").write_text("mine")
+        (tree.path / "gone").unlink()
+        tree.snapshot("early")
+        (tree.path / "file").write_text("changed")
+        api.backup(str(tree.path), saved)
+        (tree.path / "mine").unlink()
+    copied: list[int] = []
+    api.restore(saved, store, force=True, tick=copied.append)
+    assert sum(copied) > 0
+    assert not list(api.export(store, str(tmp_path / "changes.tar"), api.How("tar")))
+    with tarfile.open(tmp_path / "changes.tar") as archive:
+        assert {*archive.getnames()} == {".", "file", "mine", ".wh.gone"}
+    assert api.apply(store, str(copy))[0] == []
+    assert sorted(path.name for path in copy.iterdir()) == ["file", "mine"]
+    onto = api.Lowers([str(new)])
+    would = api.rebase(store, onto, dry_run=True)
+    done = api.rebase(store, onto, api.Lowers([str(old)]))
+    assert would.told == done.told
+    assert [(one.path, one.why) for one in done.conflicts] == [(b"file", "changed in both")]
+    assert [one.name for one in api.checkpoints(store)] == ["early"]
+    api.delete_checkpoint(store, "early")
+    assert api.convert(store, "aufs").whiteouts == 1
+    with api.open_changes(store) as changes:
+        assert [(one.kind, one.path) for one in changes] == [("M", b"file"), ("D", b"gone"), ("A", b"mine")]
 
 
 def test_what_was_just_closed_does_not_stop_a_rollback(lower: Path) -> None:

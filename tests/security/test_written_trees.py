@@ -21,7 +21,7 @@ from cowfs import backups
 from cowfs.api import apply, export
 from cowfs.errors import CowfsError
 from cowfs.exports.apply_root import Root
-from cowfs.exports.run import How
+from cowfs.exports.how import How
 from cowfs.linux import files, trust
 from cowfs.store.offline.copy_tree import TreeCopy
 from cowfs.store.served.open import open_store
