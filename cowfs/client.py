@@ -335,6 +335,8 @@ def replies(
 
 _STOPPED = 2.0
 """How many seconds a daemon may be stopped: longer is noticed before its timeout."""
+_AT_DISK = 5.0
+"""How many seconds one wait for a disk may take. A slow one needs seconds to empty its cache."""
 
 
 class _Doubt:
@@ -378,10 +380,13 @@ class _Doubt:
         with suppress(OSError):  # BlockingIOError: no reply yet
             self._other.recv(1)
             self._is_over = True
-        if not self._is_over and seconds >= _STOPPED:
+        if not self._is_over and seconds >= (_AT_DISK if self._idle.is_at_disk else _STOPPED):
             self._is_over = True
             why = f"the daemon (pid {self._pid}) does not answer, and does nothing"
             hint = "it may wait for a disk, a server or a program: its log may show which; try again later"
+            if self._idle.is_at_disk:
+                why = f"the daemon (pid {self._pid}) does not answer: it waits for a disk"
+                hint = "dmesg may show what the disk does; try again later"
             self._if_hung(Silent(f"{self._place}: {why}", hint))
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ext3 import make
 from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, mounted, project_root
-from tests.support.system import as_nobody_prefix, needs_fuse, run
+from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
 pytestmark = needs_fuse
@@ -153,6 +154,37 @@ def test_nobody_waits_for_a_daemon_that_hangs(base: Path) -> None:
         assert f"the daemon (pid {pid}) does not answer, and does nothing" in said
         assert touch.wait(60) == 0
         assert cowfs("diff", str(here.path)).stdout == "A  new\n"
+
+
+@needs_root
+def test_nobody_waits_long_for_a_disk(base: Path) -> None:
+    """Its store is on a filesystem that is frozen: a thread is in a disk wait."""
+    disk = base / "disk"
+    disk.mkdir()
+    run("mount", "-o", "loop", make(base / "disk.img"), disk)
+    try:
+        cowfs("create", disk / "store", "16", check=True)
+        with mounted(base / "lower", base / "mnt", disk / "store") as here:
+            pid = here.pid()
+            run("fsfreeze", "-f", disk)
+            try:
+                touch = subprocess.Popen(["touch", here.path / "new"])
+                eventually(lambda: _waits_for_disk(pid), "the daemon waits", 60)
+                for command in ("info", "diff"):
+                    done = cowfs(command, str(here.path), timeout=30)
+                    assert (done.returncode, done.stdout) == (32, "")
+                    advised(done.stderr, here.path)
+                    assert "does not answer: it waits for a disk" in done.stderr
+            finally:
+                run("fsfreeze", "-u", disk)
+            assert touch.wait(60) == 0
+            assert cowfs("diff", str(here.path)).stdout == "A  new\n"
+    finally:
+        run("umount", disk)
+
+
+def _waits_for_disk(pid: int) -> bool:
+    return any(" D " in (task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
 
 
 def test_a_stopped_daemon_can_be_left(base: Path) -> None:
