@@ -24,7 +24,7 @@
 
 enum {
 	LONG = 1000 * 1000, /* ns */
-	FOR_A_WHILE = 40,  /* replies */
+	FOR_A_WHILE = 40,   /* replies */
 	QUIET = 25,         /* rounds of the watch in which no thread gave way, before it rests */
 };
 static const struct timespec ROUND = { 0, 4 * LONG };
