@@ -1,4 +1,4 @@
-"""Changes that are kept so that they can be read again: a few in memory, many in a file, or compressed."""
+"""Keep changes so that they can be read several times: in memory, in a temporary file, or compressed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ _IN_MEMORY = 4 << 20
 
 
 class Lines:
-    """Lines that are kept. Each iteration starts with the first. Close it at the end."""
+    """Lines in memory; if they take over 4 MiB, in an unnamed temporary file.
+
+    Each iteration starts with the first line; several can run at the same time. Blocks; OSError. Close it at
+    the end.
+    """
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - close() closes it
         self.count = 0
 
     def add(self, line: bytes) -> None:
-        """Add a line, which holds no newline. OSError of the temporary file, which has no name."""
+        """Add a line, which must not contain a newline. OSError of the temporary file."""
         self._file.write(line + b"\n")
         self.count += 1
 
     def __iter__(self) -> Iterator[bytes]:
         at = 0
         while True:
-            self._file.seek(at)  # another iteration may run at the same time
+            self._file.seek(at)  # another iteration may have moved the position
             lines = self._file.readlines(1 << 16)
             if not lines:
                 return
@@ -42,10 +46,10 @@ class Lines:
 
 
 class Spool:
-    """The changes that were found. Each iteration starts with the first. Close it at the end."""
+    """Changes, kept as :class:`Lines`. Close it at the end."""
 
     def __init__(self, changes: Iterable[Change]) -> None:
-        """Find them all. Blocks; OSError of the temporary file, which has no name."""
+        """Read all *changes*. Blocks; OSError of *changes* or of the temporary file."""
         self._lines = Lines()
         try:
             for change in changes:
@@ -71,8 +75,11 @@ _PIECE = 64 << 10
 
 
 class Packed:
-    """Lines kept in memory, compressed: a confined daemon cannot create a temporary file, and the store may
-    be full. A path takes some 10 to 30 bytes. Each iteration begins with the first line; several may run."""
+    """Lines in memory, compressed. A path takes about 10 to 30 bytes.
+
+    For a confined daemon, which cannot create a temporary file; the store may be full. Each iteration starts
+    with the first line; several can run at the same time.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -81,7 +88,7 @@ class Packed:
         self.count = 0
 
     def add(self, line: bytes) -> None:
-        """Add a line, which ends with no newline and holds none."""
+        """Add a line, which must not contain a newline."""
         self._last.append(line)
         self._size += len(line)
         self.count += 1

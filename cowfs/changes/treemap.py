@@ -1,6 +1,6 @@
-"""A treemap of what fills a store, as SVG: nested rectangles, whose areas are the sizes.
+"""Draw a treemap of a store as SVG: nested rectangles whose areas are proportional to the sizes.
 
-The layout is the squarified one (Bruls, Huizing and van Wijk, "Squarified treemaps", 2000).
+The layout is squarified: Bruls, Huizing and van Wijk, "Squarified treemaps", 2000.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cowfs.store.format.sizes import format_size
 
 _WIDTH, _HEIGHT = 1200.0, 800.0
 _HEAD = 16.0
-"""Pixels for the name of a directory."""
+"""Height in pixels of the line with a directory's name."""
 _LEAST = 3.0
-"""A rectangle that is thinner is not drawn: nobody could see it."""
+"""Width in pixels below which a rectangle is not drawn."""
 _COLOURS = {
     "new": "#8bc48a",
     "changed": "#f0c36d",
@@ -150,7 +150,7 @@ def _drawn(item: _Item, path: bytes, box: _Box, least: float) -> Iterator[str]:
             inside = _Box(box.x + 2, box.y + head, box.width - 4, box.height - head - 2)
             children = sorted(_inside(item), key=lambda child: -child.size)
             places = _squarified([child.size for child in children], inside)
-            for child, place in zip(children, places, strict=False):  # what has no size gets no place
+            for child, place in zip(children, places, strict=False):  # items of size 0 get no place
                 here = path if child.name == _REST else join(path, child.name)
                 waiting.append((child, here, place))
 
@@ -163,7 +163,7 @@ def _inside(item: _Item) -> Iterator[_Item]:
 
 
 def _squarified(sizes: list[int], box: _Box) -> Iterator[_Box]:
-    """Divide a box by *sizes*, the largest first, so that the parts are as square as possible."""
+    """Divide a box in proportion to *sizes*, the largest first, into parts as square as possible."""
     start = 0
     while start < len(sizes):
         total = sum(sizes[start:])
@@ -195,7 +195,7 @@ def _squarified(sizes: list[int], box: _Box) -> Iterator[_Box]:
 
 
 def _ratio(row: list[int], area: float, short: float) -> float:
-    """Return how far from a square the worst of a row is."""
+    """Return the worst ratio of the sides in a row of rectangles."""
     total = sum(row) * area
     if total <= 0 or min(row) <= 0:
         return float("inf")

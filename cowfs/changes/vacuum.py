@@ -1,4 +1,4 @@
-"""Remove from a store what makes no difference: unchanged copies, useless whiteouts, bare directories."""
+"""Remove from a store what makes no difference: unchanged copies, useless whiteouts and directories."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from cowfs.types import Attr
 
 
 def vacuum(fs: Overlay, forget: Forget, *, dry_run: bool = False) -> Progress:
-    """Remove from the store everything that makes no visible difference; with *dry_run* only list it.
+    """Remove from the store everything that makes no visible difference; with *dry_run*, only list it.
 
-    No inode in use changes its number. Open files stay open.
+    Inodes in use keep their numbers, and open files stay open. Calls of the layers block, and so do the
+    callables that it yields. MountFailure if a lower may wait for other processes.
     """
     must_not_wait(fs.lowers)
     return _Vacuum(fs, forget, dry_run).run()
@@ -44,7 +45,7 @@ class _Vacuum:
         self._fs = fs
         self._forget = forget
         self._gone: dict[bytes, set[bytes]] | None = {} if dry_run else None
-        """What would have been removed, by directory; None if it is."""
+        """With *dry_run*, the names that would have been removed, by directory; else None."""
 
     def run(self) -> Progress:
         levels: list[tuple[bytes, Node, Iterator[bytes]]] = [(yield from self._level(b"", self._fs.root))]
@@ -79,7 +80,7 @@ class _Vacuum:
     def _entry(
         self, parent: Node, name: bytes, path: bytes
     ) -> Generator[Done | Seen | Callable[[], None] | None, None, Node | None]:
-        """Examine one name of the upper; return it if it is a directory, to go into."""
+        """Examine one name of the upper; return its node if it is a directory to descend into."""
         fs = self._fs
         found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
         if found is None:
@@ -88,7 +89,7 @@ class _Vacuum:
         below = shown_below(fs, parent, name)
         if fs.is_whiteout(key, attr):
             if below is None:
-                yield from self._away(parent, name, path, "whiteout", 0)
+                yield from self._remove(parent, name, path, "whiteout", 0)
             return None
         looked = fs.lookup(parent, name)
         if looked is None:
@@ -100,7 +101,7 @@ class _Vacuum:
             return node
         if below is not None and self._may_go(node, below):
             if (yield from self._is_same(node, key, attr, parent, name)):
-                yield from self._away(parent, name, path, "copy", attr.st_blocks * 512)
+                yield from self._remove(parent, name, path, "copy", attr.st_blocks * 512)
         if node.copying is None:
             fs.release(node)  # there may be many
         return None
@@ -116,7 +117,7 @@ class _Vacuum:
     def _is_same(
         self, node: Node, key: Key, attr: Attr, parent: Node, name: bytes
     ) -> Generator[None, None, bool]:
-        """Compare a file with what is below it in everything a user can see, exact times too."""
+        """Compare a file with the lower's in everything that users can see, including the exact mtime."""
         fs = self._fs
         found = fs.stack.find(parent.lowers, name)
         below = found[0]
@@ -133,7 +134,7 @@ class _Vacuum:
             return False
         return not (yield from compare(new, old, self._fs.format))
 
-    def _away(self, parent: Node, name: bytes, path: bytes, kind: str, size: int) -> Progress:
+    def _remove(self, parent: Node, name: bytes, path: bytes, kind: str, size: int) -> Progress:
         if self._gone is not None:
             self._pretend(path)
         else:
