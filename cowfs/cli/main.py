@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import cowfs
 from cowfs.cli.limits import explain_shortage
 from cowfs.cli.output import be_quiet, open_streams, warn
-from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError, UsageError
+from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError, MountFailure, UsageError
 from cowfs.linux.programs import clean_own_environment
 from cowfs.linux.signals import ignore_keyboard_interrupts, raise_keyboard_interrupts
 
@@ -172,8 +172,16 @@ def _run(args: list[str]) -> int:
         return EXIT_USAGE
     from cowfs.cli.encrypted import opened
 
-    with opened(parsed):
-        return int(parsed.run(parsed))
+    try:
+        with opened(parsed):
+            return int(parsed.run(parsed))
+    except MountFailure:
+        if parsed.subcommand == "mount":
+            from cowfs.cli.absent import is_tolerated
+
+            if is_tolerated(parsed):
+                return 0
+        raise
 
 
 def _refuse_unknown(unknown: list[str], given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -272,6 +272,43 @@ GENERATOR = Path("/lib/systemd/system-generators/systemd-fstab-generator")
 
 
 @pytest.mark.skipif(not GENERATOR.exists(), reason="needs systemd (its generator for fstab)")
+@pytest.mark.parametrize(
+    ("layers", "missing"),
+    [
+        ("gone cowfs store={}/store", "{}/gone"),
+        ("lower cowfs store={}/none.bs", "{}/none.bs"),
+        ("lower cowfs store=UUID=1-2", "UUID=1-2"),
+        ("lower cowfs store=/dev/none1", "/dev/none1"),
+    ],
+)
+def test_nofail_is_silent_if_a_layer_is_missing(base: Path, layers: str, missing: str) -> None:
+    """mount(8) does the same if a device is missing. Other failures are still reported."""
+    lower, type_, store = layers.format(base).split()
+    line = f"{base}/{lower} {base}/mnt {type_} {store}"
+    said = with_helpers(
+        base,
+        """
+        mount -a 2>&1
+        test -z "$(ls mnt)"
+        sed s/,nofail// fstab >without; cat without >/etc/fstab
+        mount -a 2>&1 || echo "code $?"
+        """,
+        fstab=f"{line},nofail 0 0\n",
+    )
+    assert said.startswith(f"cowfs: {missing.format(base)}: no such ") and said.endswith("code 32\n"), said
+
+
+def test_nofail_hides_no_other_failure(base: Path) -> None:
+    (base / "store").mkdir()
+    (base / "store/file").touch()
+    said = with_helpers(
+        base,
+        "mount -a 2>&1 || echo code $?",
+        fstab=f"{base}/lower {base}/mnt cowfs store={base}/store,nofail 0 0\n",
+    )
+    assert said.startswith(f"cowfs: {base}/store: ") and said.endswith("code 32\n"), said
+
+
 def test_systemd_makes_units_of_the_line(tmp_path: Path) -> None:
     """An automount, a mount that does not stop the boot, and what it waits for."""
     units = tmp_path / "units"
