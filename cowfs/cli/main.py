@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import cowfs
 from cowfs.cli.limits import explain_shortage
 from cowfs.cli.output import be_quiet, open_streams, warn
-from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError, MountFailure, UsageError
+from cowfs.errors import EXIT_MOUNT, EXIT_SYSTEM, EXIT_USAGE, CowfsError, UsageError
 from cowfs.linux.programs import clean_own_environment
 from cowfs.linux.signals import ignore_keyboard_interrupts, raise_keyboard_interrupts
 
@@ -175,8 +175,8 @@ def _run(args: list[str]) -> int:
     try:
         with opened(parsed):
             return int(parsed.run(parsed))
-    except MountFailure:
-        if parsed.subcommand == "mount":
+    except CowfsError as error:
+        if parsed.subcommand == "mount" and error.exit_code == EXIT_MOUNT:
             from cowfs.cli.absent import is_tolerated
 
             if is_tolerated(parsed):

@@ -190,6 +190,13 @@ def start(
     return run_in_background(daemon, _handed_over(mountpoint))
 
 
+def _must_be_on_a_device(store: str) -> None:
+    """Raise StoreError if a missing store would be created in /dev, which is in memory."""
+    from cowfs.store.disks.block_device import split
+
+    split(os.path.abspath(store))
+
+
 def _union_options(args: argparse.Namespace, given: mount_options.Options) -> UnionOptions:
     """Return what to merge, and how. UsageError for options that exclude each other."""
     from cowfs.union import UnionOptions
@@ -208,6 +215,8 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
     store = args.store or given.values.get("store", "memory")
     if "subdir" in given.values:
         store = _of_several(store, given.values["subdir"])
+    if store.startswith("/dev/") and not os.path.lexists(store):
+        _must_be_on_a_device(store)
     union = UnionOptions(
         lowers=tuple(map(place, lowers)),
         store=store if store == "memory" else os.path.abspath(store),
