@@ -177,6 +177,8 @@ def test_a_root_needs_nothing_of_ours(nobody_path: Path) -> None:
     )
     done = cowfs(*command, "-c", script, nobody=True)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+    missing = cowfs("run", "--root", root, "--discard", "--", "/none", nobody=True)
+    assert missing.returncode == 127 and "No such file or directory" in missing.stderr, missing
 
 
 INSTALL = r"""
