@@ -138,12 +138,20 @@ def _nothing(named: str, what: str) -> UsageError:
 
 def _rehearse(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lowers) -> int:
     """List what would be reverted, then what could not be; fail as the command itself would."""
-    from cowfs.api import take_back
+    from cowfs.api import open_changes, take_back
     from cowfs.changes.render import escape
+    from cowfs.changes.select import selected
+    from cowfs.checkpoints import deleted_counts
+    from cowfs.store.format.checkpoints import BELOW
 
     chosen = None if args.all else paths
     found = list(take_back(what, "revert", chosen, lowers, metadata=args.metadata, dry_run=True))
     if not found:
+        since = last_checkpoint(what)
+        if since == BELOW:
+            warn(deleted_counts(what))
+        with open_changes(what, lowers, lambda _: None, since=since) as changes:
+            selected(paths).must_exist(changes, what)
         raise _nothing(args.what, what)
     _list(args, what, paths, lowers)
     refused = [done for done in found if done.why_not]
