@@ -136,7 +136,11 @@ def _run_interruptibly(args: list[str]) -> int:
     """Run the command line. From here on Ctrl-C raises KeyboardInterrupt; before, it ended the process."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         raise_keyboard_interrupts()
-    return _run(args)
+    try:
+        return _run(args)
+    except Exception:
+        ignore_keyboard_interrupts()  # one line says why it failed; no second one
+        raise
 
 
 def _run(args: list[str]) -> int:
