@@ -125,6 +125,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: _run_interruptibly(args))
     finally:
         ignore_keyboard_interrupts()  # the work is done, and the exit code is known
+        _empty_stderr()
+
+
+def _empty_stderr() -> None:
+    """Flush stderr; if nobody reads it any more, drop what is left: Python 3.13 would exit with 120."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        _, writing = os.pipe()  # a confined daemon has no /dev/null
+        os.dup2(writing, 2)
 
 
 def prepare(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import cowfs, is_mounted
+from tests.support.mounts import MOUNT_MANY, cowfs, is_mounted
 from tests.support.system import needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, needs_root]
@@ -86,7 +86,7 @@ def kernel(lowers: list[Path], store: Path, at: Path) -> Iterator[Path]:
     layers = f"lowerdir={top}:{low}" + "".join(f"::{one}" for one in data)
     features = "redirect_dir=on,metacopy=on,index=on,xino=on"
     options = f"{layers},upperdir={store}/upper,workdir={store}/work,{features}"
-    run("mount", "-t", "overlay", "overlay", at, "-o", options)
+    run(*MOUNT_MANY, "-t", "overlay", "overlay", at, "-o", options)
     try:
         yield at
     finally:

@@ -309,6 +309,7 @@ def test_nofail_hides_no_other_failure(base: Path) -> None:
     assert said.startswith(f"cowfs: {base}/store: ") and said.endswith("code 32\n"), said
 
 
+@pytest.mark.skipif(not GENERATOR.exists(), reason="needs systemd (its generator for fstab)")
 def test_systemd_makes_units_of_the_line(tmp_path: Path) -> None:
     """An automount, a mount that does not stop the boot, and what it waits for."""
     units = tmp_path / "units"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,10 +77,11 @@ def assert_refused(command: Sequence[str | Path], why: str) -> None:
 
 
 def test_a_device_is_found_by_its_label(device: Path, tmp_path: Path) -> None:
-    run("mke2fs", "-q", "-t", "ext3", "-L", f"cow{os.getpid()}", device)
+    label = f"cow{secrets.token_hex(6)}"  # blkid(8) remembers which device had which
+    run("mke2fs", "-q", "-t", "ext3", "-L", label, device)
     lower = tmp_path / "lower"
     lower.mkdir()
-    with mounted(lower, tmp_path / "at", f"LABEL=cow{os.getpid()}") as here:
+    with mounted(lower, tmp_path / "at", f"LABEL={label}") as here:
         assert f"store:      {device}" in cowfs("info", here.path, check=True).stdout
     missing = cowfs("mount", lower, tmp_path, "--store", "LABEL=no-such-thing")
     assert (missing.returncode, "no such device" in missing.stderr) == (32, True)

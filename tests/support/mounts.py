@@ -16,6 +16,8 @@ from tests.support import warm
 from tests.support.system import as_nobody_prefix, require_success, run
 
 COWFS = [sys.executable, "-m", "cowfs.cli.main"]
+MOUNT_MANY = ("env", "LIBMOUNT_FORCE_MOUNT2=always", "mount")
+"""mount(8) for options of more than 255 bytes: fsconfig(2), which util-linux 2.39 calls, takes no more."""
 KERNEL_OPTIONS = "redirect_dir=on,metacopy=on,index=on,xino=on"
 TROUBLE = re.compile(r"Traceback|\bWARNING\b|\bERROR\b|\bCRITICAL\b|\bwarning:|\berror:")
 
@@ -230,7 +232,7 @@ def kernel_overlay(
     Path(store, "work").mkdir(exist_ok=True)
     joined = ":".join(os.fspath(lower) for lower in lowers)
     run(
-        "mount", "-t", "overlay", "overlay", path, "-o",
+        *MOUNT_MANY, "-t", "overlay", "overlay", path, "-o",
         f"lowerdir={joined},upperdir={store}/upper,workdir={store}/work,{KERNEL_OPTIONS}",
     )  # fmt: skip
     try:
