@@ -7,11 +7,11 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 
 from cowfs.linux import offspring
-from cowfs.linux.signals import ASKS_TO_END
+from cowfs.linux.signals import ASKS_TO_END, handled
 
 _PASSED_ON = ASKS_TO_END - {signal.SIGINT}
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
@@ -105,16 +105,6 @@ def _first_to_end(*processes: int) -> set[int]:
     return {fd for fd, _ in poll.poll()}
 
 
-@contextmanager
-def _passed_on(send: Callable[[int], None]) -> Iterator[None]:
+def _passed_on(send: Callable[[int], None]) -> AbstractContextManager[None]:
     """Pass on the signals that ask to end, except Ctrl-C, which the command gets from the terminal."""
-    before = {number: signal.getsignal(number) for number in _PASSED_ON}
-    for number in _PASSED_ON:
-        signal.signal(number, lambda number, _: send(number))
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handled(_PASSED_ON, lambda number, _: send(number))

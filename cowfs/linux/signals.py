@@ -14,8 +14,8 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 from cowfs.errors import os_error
@@ -99,16 +99,25 @@ def ctrl_c_postponed() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(numbers: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
-    """Let these signals raise KeyboardInterrupt during the block, even if they are blocked outside."""
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+def handled(
+    numbers: Collection[signal.Signals], handler: Callable[[int, FrameType | None], object]
+) -> Iterator[None]:
+    """Let these signals call *handler* during the block, even if they are blocked outside."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def interruptible(
+    numbers: Collection[signal.Signals] = (signal.SIGINT,),
+) -> AbstractContextManager[None]:
+    """Let these signals raise KeyboardInterrupt during the block, even if they are blocked outside."""
+    return handled(numbers, signal.default_int_handler)
 
 
 def read_answer(question: str) -> str:
