@@ -7,113 +7,22 @@ import json
 import os
 import re
 import stat
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import cowfs, force_umount, is_mounted, mount_arguments, project_root
-from tests.support.squashfs import mksquashfs, needs_mksquashfs
+from tests.support.mounts import cowfs
+from tests.support.noted import Noted, noted_mount
+from tests.support.squashfs import needs_mksquashfs
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = needs_fuse
 
-# Mount, with a note of each request that gets as far as Python.
-_NOTING = """
-import sys
-{first}
-from cowfs.cli.main import main
-from cowfs.fuse.adapter import Adapter
-
-def noting(name, handler):
-    def noted(self, *arguments):
-        print(name, *(a for a in arguments if type(a) is bytes and len(a) < 100), file=notes)
-        return handler(self, *arguments)
-    return noted
-
-def opening(init):
-    def opened(self, *arguments, **more):
-        global notes  # in the daemon, which keeps no file of its parent's and reaches none once it is mounted
-        notes = open(sys.argv[1], "a", buffering=1)
-        init(self, *arguments, **more)
-    return opened
-
-Adapter.__init__ = opening(Adapter.__init__)
-for name in (
-    "_beyond", "create", "fsyncdir", "getattr", "getxattr", "link", "listxattr", "lookup", "mkdir", "mknod",
-    "opendir", "read", "readdir", "readlink", "releasedir", "rename", "setattr", "setxattr", "symlink",
-    "unlink", "write",
-):
-    setattr(Adapter, name, noting(name, getattr(Adapter, name)))
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-class Noted:
-    """A mount whose requests are counted."""
-
-    def __init__(self, path: Path, notes: Path, log: Path, command: Sequence[str | os.PathLike[str]]) -> None:
-        self.path = path
-        self.log = log
-        self._notes = notes
-        self._command = command
-
-    def start(self) -> None:
-        """Mount."""
-        run(*self._command, cwd=project_root())
-
-    def remount(self) -> None:
-        """Unmount, and mount again; count from here."""
-        cowfs("umount", self.path, check=True)
-        self.start()
-        self.forget()
-
-    def requests(self, kind: str, name: bytes = b"") -> int:
-        """Return how many requests of this kind, or with this name, came since :meth:`forget`."""
-        lines = [line.partition(" ") for line in self._notes.read_text().splitlines()]
-        return sum(line[0] == kind and (not name or line[2] == repr(name)) for line in lines)
-
-    def forget(self) -> None:
-        """Count from here."""
-        self._notes.write_text("")
-
-
-@contextmanager
-def _mounted(
-    tmp_path: Path, first: str = "", options: tuple[str, ...] = (), *, packed: bool = False
-) -> Iterator[Noted]:
-    lower, store, path = tmp_path / "lower", tmp_path / "store", tmp_path / "mnt"
-    lower.mkdir()
-    (lower / "file").write_bytes(b"below\n" * 1000)
-    (lower / "large").write_bytes(b"below\n" * 200_000)
-    (lower / "link").symlink_to("file")
-    (lower / "d").mkdir()
-    (lower / "d/small").write_bytes(b"small\n")
-    (lower / "d/small").chmod(0o604)
-    os.utime(lower / "d/small", (7, 7))
-    (lower / "d/empty").touch()
-    for number in range(100):
-        (lower / f"d/{number}").mkdir(parents=True)
-    path.mkdir()
-    packed_lower = mksquashfs(tmp_path / "lower.sqsh", lower) if packed else lower
-    (tmp_path / "notes").touch()
-    log, notes = tmp_path / "log", tmp_path / "notes"
-    mounting = mount_arguments(packed_lower, path, store, options=[f"log={log}", "passthrough=off", *options])
-    noted = Noted(path, notes, log, [sys.executable, "-c", _NOTING.format(first=first), notes, *mounting])
-    noted.start()
-    try:
-        yield noted
-    finally:
-        cowfs("umount", path)
-        if is_mounted(path):
-            force_umount(path)
-
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Noted]:
-    with _mounted(tmp_path) as noted:
+    with noted_mount(tmp_path) as noted:
         yield noted
 
 
@@ -137,7 +46,7 @@ def test_reads_do_not_pass_through_python(mount: Noted) -> None:
 @pytest.fixture
 def with_image(tmp_path: Path) -> Iterator[Noted]:
     cowfs("create", tmp_path / "store", "16", check=True)
-    with _mounted(tmp_path) as noted:
+    with noted_mount(tmp_path) as noted:
         yield noted
 
 
@@ -252,7 +161,7 @@ def test_a_device_that_is_stored_as_a_file_is_changed_as_a_device(with_image: No
 @pytest.fixture
 def over_squashfs(tmp_path: Path) -> Iterator[Noted]:
     cowfs("create", tmp_path / "store", "16", check=True)
-    with _mounted(tmp_path, packed=True) as noted:
+    with noted_mount(tmp_path, packed=True) as noted:
         yield noted
 
 
@@ -548,7 +457,7 @@ def test_where_there_is_a_default_acl_the_umask_does_not_count(mount: Noted) -> 
 @needs_root
 def test_the_acl_of_the_root_is_asked_for_once(nobody_path: Path) -> None:
     """The kernel asks whenever somebody else walks a path; but a change of the ACL counts at once."""
-    with _mounted(nobody_path, options=("allow_other",)) as mount:
+    with noted_mount(nobody_path, options=("allow_other",)) as mount:
         mount.path.chmod(0o755)
 
         def reads() -> bool:
@@ -599,7 +508,7 @@ def test_holes_are_found(mount: Noted) -> None:
 
 
 def test_that_it_takes_no_part_is_said(tmp_path: Path) -> None:
-    with _mounted(tmp_path, first="import pyfuse3") as mount:
+    with noted_mount(tmp_path, first="import pyfuse3") as mount:
         assert (mount.path / "file").read_bytes() == b"below\n" * 1000
         assert mount.requests("read")
     assert re.search("WARNING .*pyfuse3 was loaded first", mount.log.read_text())
