@@ -24,13 +24,14 @@ DEV_FUSE_AT_NIGHT = True
 
 pytestmark = needs_root
 
+# rsync does not set a symbolic link's time in the second it was made in: it compares seconds. Hence touch -h.
 CHANGES = """
 cd "$1"
 rm gone
 rm -r anew; mkdir anew; echo new > anew/new
 echo more >> one
 ln new.txt other.txt 2>/dev/null; echo text > new.txt; ln new.txt other.txt
-ln -s new.txt link
+ln -s new.txt link; touch -h -d 2020-01-01 link
 mv away moved
 chmod 600 mode
 mkdir empty
