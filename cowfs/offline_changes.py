@@ -200,7 +200,8 @@ class OfflineChanges:
         if store.header.volatile:
             self._tell(said_of(store.header.volatile))
         frozen = [FrozenLayer(store.layer, one.key) for one in store.frozen]
-        for used in usage(store.layer, store.upper, store.notebook, self._lowers, store.xattr_prefix, frozen):
+        how: dict[str, Any] = {"frozen": frozen, "others": store.layers.beside(store.upper)}
+        for used in usage(store.layer, store.upper, store.notebook, self._lowers, store.xattr_prefix, **how):
             if used is not None:
                 total += used.size
                 yield used

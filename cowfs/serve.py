@@ -239,8 +239,9 @@ def _of_the_store(union: Union) -> Mapping[str, Any]:
         if union.options.volatile:
             yield {"said": said_of(union.options.volatile)}
         fs = union.overlay
-        lowers, frozen = list(fs.base), list(fs.frozen)
-        for used in usage(store.layer, store.upper, store.notebook, lowers, store.xattr_prefix, frozen):
+        lowers, others = list(fs.base), store.layers.beside(store.upper)
+        how: dict[str, Any] = {"frozen": list(fs.frozen), "others": others}
+        for used in usage(store.layer, store.upper, store.notebook, lowers, store.xattr_prefix, **how):
             if used is None:
                 yield None
             else:

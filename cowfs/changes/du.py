@@ -13,6 +13,7 @@ from cowfs.changes.scan import GONE, entries, renamed, source_of
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.overlay.stack import Stack, is_whiteout, notes_of
 from cowfs.overlay.xattr_format import XattrFormat
+from cowfs.types import Attr
 
 REASONS = {
     "new": "files that the lower does not have",
@@ -21,8 +22,11 @@ REASONS = {
     "whiteouts": "marks of deleted names",
     "directories": "directories that contain changes",
     "trash": "what cowfs revert has taken back",
+    "checkpoints": "checkpoints that the present tree is not based on",
     "overhead": "the journal, and other filesystem metadata",
 }
+APART = {"trash", "checkpoints", "overhead"}
+"""Those without paths: what the tree does not show."""
 _BLOCK = 512
 """The unit of st_blocks, in bytes."""
 
@@ -45,11 +49,13 @@ def usage(
     lowers: Sequence[LowerLayer],
     prefix: bytes,
     frozen: Sequence[LowerLayer] = (),
+    others: Sequence[Key] = (),
 ) -> Iterator[Used | None]:
     """Yield the space of each inode of a store, and None before each. Blocks as the layers do; OSError.
 
     *root* is the directory of the changes, *private* that of the store's own files, if it has one. *frozen*
     are the layers of checkpoints below *root*; their contents are listed under the paths that they had then.
+    *others* are the directories of the other checkpoints.
     """
     seen: set[int] = set()
     yield from _Usage(upper, [*frozen, *lowers], prefix, seen).run(root)
@@ -58,7 +64,9 @@ def usage(
         yield from _Usage(layer, below, prefix, seen).run(layer.root)
     trash = None if private is None else upper.lookup(private, b"trash")
     if trash is not None:
-        yield from _all_of(upper, trash[0], b"")
+        yield from _all_of(upper, trash[0], "trash", seen)
+    for other in others:
+        yield from _all_of(upper, other, "checkpoints", seen)
 
 
 class _Usage:
@@ -106,10 +114,7 @@ class _Usage:
         if hit is None:
             return None, None
         key, attr = hit
-        size = attr.st_blocks * _BLOCK
-        if attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode):
-            size = 0 if attr.st_ino in self._seen else size
-            self._seen.add(attr.st_ino)
+        size = _size_of(attr, self._seen)
         if is_whiteout(self._upper, key, attr, self._xattrs):
             self._upper.forget(key)
             return Used(path, "whiteouts", size), None
@@ -133,11 +138,11 @@ class _Usage:
         return Used(path, reason, size), None
 
 
-def _all_of(upper: UpperLayer, directory: Key, path: bytes) -> Iterator[Used | None]:
-    waiting = [directory]
+def _all_of(upper: UpperLayer, root: Key, reason: str, seen: set[int]) -> Iterator[Used | None]:
+    waiting = [root]
     while waiting:
         here = waiting.pop()
-        yield Used(path, "trash", upper.stat(here).st_blocks * _BLOCK)
+        yield Used(b"", reason, upper.stat(here).st_blocks * _BLOCK)
         for entry in entries(upper, here):
             yield None
             if entry is None:
@@ -148,4 +153,16 @@ def _all_of(upper: UpperLayer, directory: Key, path: bytes) -> Iterator[Used | N
             if stat.S_ISDIR(hit[1].st_mode):
                 waiting.append(hit[0])
             else:
-                yield Used(path, "trash", hit[1].st_blocks * _BLOCK)
+                yield Used(b"", reason, _size_of(hit[1], seen))
+                upper.forget(hit[0])
+        if here is not root:
+            upper.forget(here)
+
+
+def _size_of(attr: Attr, seen: set[int]) -> int:
+    """Return the bytes of an inode's blocks; 0 if it was *seen* under another name."""
+    if attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode):
+        if attr.st_ino in seen:
+            return 0
+        seen.add(attr.st_ino)
+    return attr.st_blocks * _BLOCK

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
     from cowfs.api import open_changes
+    from cowfs.changes.du import APART
     from cowfs.changes.treemap import Areas
     from cowfs.exports.target import must_be_elsewhere
 
@@ -105,7 +106,7 @@ def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
                 trash = 0 if trash is None else trash + used.size  # its first directory stays
             if args.json or args.null:
                 _show_file(used, as_json=args.json)
-            if picture is not None and used.size and used.reason not in {"trash", "overhead"}:
+            if picture is not None and used.size and used.reason not in APART:
                 areas.add(used.path, used.reason, used.size)
             if not (args.json or args.null):
                 total.add(used, who)
@@ -175,8 +176,10 @@ class _Total:
         self._largest: list[tuple[int, bytes]] = []
 
     def add(self, used: Used, who: dict[bytes, str]) -> None:
+        from cowfs.changes.du import APART
+
         self.reasons[used.reason] += used.size
-        if used.reason in {"trash", "overhead"} or not used.size:
+        if used.reason in APART or not used.size:
             return
         self.programs[who.get(used.path, "unrecorded programs")] += used.size
         path = used.path

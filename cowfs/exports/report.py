@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from xml.sax.saxutils import escape as xml
 
+from cowfs.changes.du import APART
 from cowfs.changes.pairs import Pair, Sides, files
 from cowfs.changes.patch import patch_of
 from cowfs.changes.render import Summary, escape
@@ -297,7 +298,7 @@ def _used(changes: Changes, wanted: Selection, tick: Tick) -> tuple[list[tuple[s
     areas = Areas()
     for number, used in enumerate(changes.usage()):
         tick("inodes", number, 0)
-        is_file = used.reason not in {"trash", "overhead"}
+        is_file = used.reason not in APART
         if is_file and not wanted.matches(used.path):
             continue
         reasons[used.reason] = reasons.get(used.reason, 0) + used.size

@@ -329,8 +329,11 @@ def without(paths: set[str], files: dict[str, object]) -> dict[str, object]:
     return {path: what for path, what in files.items() if path not in paths}
 
 
-def check_diff(before: Model, after: Model, store: Path) -> None:
-    with open_changes(str(store)) as changes:
+def check_diff(
+    before: Model, after: Model, store: Path, *, since: str | None = None, until: str | None = None
+) -> None:
+    """Compare what differs from *before* to *after*, which may be checkpoints, with what a store says."""
+    with open_changes(str(store), since=since, until=until) as changes:
         found = [
             Told(
                 each.kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -107,6 +108,36 @@ def test_what_could_be_reclaimed_is_what_vacuum_frees(tmp_path: Path, kind: str)
 def reclaimable(what: Path) -> dict[str, int]:
     last = json.loads(cowfs("du", what, "--json", check=True).stdout.splitlines()[-1])
     found: dict[str, int] = last["reclaimable"]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_checkpoints_that_the_tree_is_not_based_on(tmp_path: Path, kind: str) -> None:
+    """After the way back, what was later counts as such. Two names of a file count once, in the trash too."""
+    script(MAKE, tmp_path)
+    store = make_store(tmp_path, kind)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        cowfs("checkpoint", here.path, "one", check=True)
+        before = sizes_by_reason(here.path)
+        (here.path / "later").write_bytes(b"x" * 300_000)
+        os.link(here.path / "later", here.path / "again")
+        cowfs("checkpoint", here.path, "two", check=True)
+        cowfs("rollback", here.path, "one", check=True)
+        (here.path / "taken").write_bytes(b"x" * 200_000)
+        os.link(here.path / "taken", here.path / "twice")
+        cowfs("revert", here.path, "--all", check=True)
+        live = sizes_by_reason(here.path)
+    for told in live, sizes_by_reason(store):
+        assert 300_000 <= told["checkpoints"] < 400_000
+        assert 200_000 <= told["trash"] < 300_000
+        assert told.get("overhead", 0) <= before.get("overhead", 0) + 50_000
+    assert "checkpoints that the present tree is not based on" in cowfs("du", store, check=True).stdout
+
+
+def sizes_by_reason(what: Path) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for entry in usage(what):
+        found[str(entry["reason"])] += int(str(entry["size"]))
     return found
 
 

@@ -142,6 +142,11 @@ class Layers:
         """Return a checkpoint and the layers below it, topmost first. StoreError if one is missing."""
         return [checkpoint, *self._found(checkpoint.below)]
 
+    def beside(self, upper: Key) -> list[Key]:
+        """Return the layers that are not below *upper*: it was gone back from them."""
+        below = set(self.below(upper))
+        return [one.key for number, one in self.all().items() if number not in below]
+
     def _found(self, numbers: tuple[int, ...]) -> list[Checkpoint]:
         known = self.all() if numbers else {}
         for number in numbers:
