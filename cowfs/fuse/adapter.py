@@ -46,6 +46,7 @@ from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.readdir import Listing
+from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Adapter(BeyondHandlers):
         made = self._fs.mknod(parent, name, self._masked(parent, mode, ctx.umask), rdev, owner)
         if stat.S_ISREG(mode):
             self._no_capability.add(made[0].ino)
-        return self._given(made)
+        return await self._when_made(made, parent, ctx.uid)
 
     @changing
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
@@ -150,7 +151,8 @@ class Adapter(BeyondHandlers):
         if parent.upper is None:
             await self._within_reach(parent)
         owner = self._owner(ctx)
-        return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx.umask), owner))
+        made = self._fs.mkdir(parent, name, self._masked(parent, mode, ctx.umask), owner)
+        return await self._when_made(made, parent, ctx.uid)
 
     @changing
     async def symlink(
@@ -159,7 +161,14 @@ class Adapter(BeyondHandlers):
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
-        return self._given(self._fs.symlink(parent, name, target, self._owner(ctx)))
+        made = self._fs.symlink(parent, name, target, self._owner(ctx))
+        return await self._when_made(made, parent, ctx.uid)
+
+    async def _when_made(self, made: tuple[Node, Attr], parent: Node, uid: int) -> EntryAttributes:
+        """Return the entry for a new node, once it is on disk if *parent* is synchronous."""
+        entry = self._given(made)
+        await self._in_step(parent, uid)
+        return entry
 
     @changing
     async def link(
@@ -169,7 +178,11 @@ class Adapter(BeyondHandlers):
         await self._within_reach(parent)
         await self._within_reach(node.parent)
         await self._bring_up(node, ctx.uid)
-        return self._given((node, self._fs.link(node, parent, new_name)))
+        attr = self._fs.link(node, parent, new_name)
+        if parent.protection:
+            await self._in_step(parent, ctx.uid)
+            attr = self._fs.stat(node)
+        return self._given((node, attr))
 
     @changing
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -181,6 +194,7 @@ class Adapter(BeyondHandlers):
         size = self._size_of(parent, name)
         self._fs.unlink(parent, name)
         self._removed(size)
+        await self._in_step(parent, ctx.uid)
 
     @changing
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -188,6 +202,7 @@ class Adapter(BeyondHandlers):
         if parent.upper is None:
             await self._within_reach(parent)
         self._fs.rmdir(parent, name, await self._look_through(parent, name, ctx.uid))
+        await self._in_step(parent, ctx.uid)
 
     @changing
     async def rename(
@@ -219,6 +234,8 @@ class Adapter(BeyondHandlers):
         size = self._size_of(new_parent, name_new)
         self._fs.rename(parent, name_old, new_parent, name_new, flags, seen, self._owner(ctx))
         self._removed(size)
+        await self._in_step(parent, ctx.uid)
+        await self._in_step(new_parent, ctx.uid)
 
     def _size_of(self, parent: Node, name: bytes) -> int:
         """Return how many bytes of the store removing a name may free, if the kernel needs them."""
@@ -285,7 +302,11 @@ class Adapter(BeyondHandlers):
             await self._settled(node)
         else:
             await self._with_data(node, ctx.uid)
-        return self._entry(node, self._fs.setattr(node, new))
+        now = self._fs.setattr(node, new)
+        if new.size is not None and node.protection:
+            await self._in_step(node, ctx.uid)
+            now = self._fs.stat(node)
+        return self._entry(node, now)
 
     @staticmethod
     def _by_own_clock(new: NewAttributes, flags: int) -> None:
@@ -362,6 +383,7 @@ class Adapter(BeyondHandlers):
             clears = self._writer(node, ctx, None) is Writer.STRANGER if said.clears is None else said.clears
             if clears:
                 self._drop_set_group_id(node)
+        await self._in_step(node, ctx.uid)
 
     def _drop_set_group_id(self, node: Node) -> None:
         """Clear set-group-ID after a non-member of the group changed the ACL (posix_acl_update_mode())."""
@@ -384,6 +406,7 @@ class Adapter(BeyondHandlers):
         if name == _CAPABILITY:
             self._no_capability.discard(inode)  # the next request for it comes here
             self._capability_removed.add(inode)
+        await self._in_step(node, ctx.uid)
 
     def _is_to_append(self, node: Node, ctx: RequestContext) -> bool:
         """Whether the kernel may ask on behalf of a write, which an append-only file allows.

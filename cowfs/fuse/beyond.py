@@ -145,8 +145,14 @@ class BeyondHandlers(FileHandlers):
         with self._unopened.in_use(node), self._changes(), at_hand(handle.file) as file:
             change = functools.partial(cast(Allocatable, file).fallocate, mode, offset, length)
             await self._threads.run(change, self._threads.reads, asked.uid)
+        await self._in_step(node, asked.uid)
 
     async def _copy_file_range(self, asked: Message) -> int:
+        copied = await self._copied_range(asked)
+        await self._in_step(self._node(COPY_IN.unpack_from(asked.body)[2]), asked.uid)
+        return copied
+
+    async def _copied_range(self, asked: Message) -> int:
         source_fh, source_at, target_ino, target_fh, at, length, flags = COPY_IN.unpack_from(asked.body)
         if flags:
             raise FUSEError(errno.EINVAL)
@@ -253,6 +259,7 @@ class BeyondHandlers(FileHandlers):
         await self._settled(node)
         await self._with_data(node, asked.uid)
         self._fs.setflags(node, flags)
+        await self._in_step(node, asked.uid)
         self._loop.forget_attributes(node.ino)  # ctime
 
 

@@ -106,7 +106,10 @@ class FileHandlers(NodeHandlers):
                 await self._cut(node, 0, ctx.uid)
             self._files.must_have(ctx.uid)
         opener = self._writer(node, ctx, said.clears) if flags & os.O_TRUNC else _by_uid(ctx)
-        return self._opened(node, flags, ctx, opener)
+        info = self._opened(node, flags, ctx, opener)
+        if flags & os.O_TRUNC:
+            await self._in_step(node, ctx.uid)
+        return info
 
     def _clear_set_id_bits(self, node: Node, opener: Writer) -> bool:
         """Clear the set-ID bits that an open with O_TRUNC clears; return whether it cleared any.
@@ -146,7 +149,9 @@ class FileHandlers(NodeHandlers):
                 self._fs.attach(node, file, opener=_by_uid(ctx)), ctx.uid, flags, is_new=True
             )
         self._no_capability.add(node.ino)
-        return info, self._given((node, attr))
+        entry = self._given((node, attr))
+        await self._in_step(parent, ctx.uid)
+        return info, entry
 
     def _opened(self, node: Node, flags: int, ctx: RequestContext, opener: Writer) -> FileInfo:
         mode = node.mode
@@ -219,21 +224,24 @@ class FileHandlers(NodeHandlers):
         writer = None
         if mode & SET_ID and (said.clears is not None or fh & libfuse.UNOPENED):
             writer = self._writer_by(node, said.pid, said.uid, said.clears)
+        to_disk = said.flags & _SYNCHRONOUS
+        if node.protection and protect.is_synchronous(self._fs.union_of(node), node):
+            to_disk |= os.O_DSYNC
         try:
             is_long = self._fs.is_long_to_write(handle, len(buf), off)
-            if not handle.is_synchronous and not is_long and not said.flags & _SYNCHRONOUS:
+            if not handle.is_synchronous and not is_long and not to_disk:
                 return self._fs.write(handle, buf, off, writer=writer)
             self._fs.will_be_written(handle, writer)
             turns = threads.reads if is_long else threads.syncs
             with self._unopened.in_use(node), self._changes(), at_hand(handle.file) as file:
                 written = await threads.run(functools.partial(file.pwrite, buf, off), turns, uid)
-                if not handle.is_synchronous and said.flags & _SYNCHRONOUS:
-                    sync = functools.partial(file.fsync, said.flags & os.O_SYNC != os.O_SYNC)
+                if not handle.is_synchronous and to_disk:
+                    sync = functools.partial(file.fsync, to_disk & os.O_SYNC != os.O_SYNC)
                     await threads.run(sync, threads.syncs, uid)
             return written
         except NoRoom as failure:
             if failure.written and not handle.is_frozen and said.uid != libfuse.KERNEL_UID:
-                if handle.is_synchronous or said.flags & _SYNCHRONOUS:
+                if handle.is_synchronous or to_disk:
                     await threads.run(functools.partial(handle.file.fsync, False), threads.syncs, uid)
                 failure.answer = failure.written
             raise

@@ -24,6 +24,7 @@ from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.slow import Answers, SlowLayer
 from cowfs.linux.callers import look_at
+from cowfs.overlay import protect
 from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import SET_ID
 from cowfs.overlay.find import Places, at_place, see_all
@@ -307,6 +308,24 @@ class NodeHandlers(Handlers):
             except OSError:
                 self._no_default_acl.add(parent.ino)
         return mode & ~umask
+
+    async def _in_step(self, node: Node, uid: int) -> None:
+        """Write a changed inode of the store to disk if it is synchronous (the flags S and D of chattr(1)).
+
+        A failure is noted, not raised, because the change has been made. ext4_create() ignores it, too.
+        """
+        union = self._fs.union_of(node)
+        if node.protection == 0 or not protect.is_synchronous(union, node):
+            return
+        try:
+            if node.is_dir:
+                file = union.upper.open_directory(node.upper)
+            else:
+                file = union.upper.open(node.upper, os.O_RDONLY)
+            with closing(file):
+                await self._threads.run(lambda: file.fsync(datasync=False), self._threads.syncs, uid)
+        except OSError as failure:
+            self._fs.host.not_saved(failure)
 
     def _is_copying(self, parent: Node, name: bytes) -> bool:
         node = self._fs.nodes.child(parent, name)

@@ -14,6 +14,7 @@ from cowfs.fuse import libfuse
 from cowfs.fuse.open_directories import DOTS
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
+from cowfs.overlay import protect
 from cowfs.overlay.dir import Owner, add_file, remove_file
 from cowfs.overlay.node import APART, LAYER, LAYER_BITS, Node
 from cowfs.overlay.overlay import Overlay
@@ -312,9 +313,11 @@ class Shortcuts:
         return self._upper.image.directory_is_synced(node.upper)
 
     def _directory(self, ino: int) -> Node | None:
-        """Return the node of a directory that the image has; None if it has not."""
+        """Return the node of a directory that the image has, and that need not be synchronous; else None."""
         node = self._nodes.get(ino)
-        return None if node is None or node.upper is None or node.children is None or ino & APART else node
+        if node is None or node.upper is None or node.children is None or ino & APART:
+            return None
+        return node if node.protection == 0 or not protect.is_synchronous(self._fs, node) else None
 
 
 def _has_usual_times(attr: Attr) -> bool:

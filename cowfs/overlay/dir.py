@@ -174,7 +174,7 @@ def _make(
 
 def _enter(fs: OverlayFs, parent: Node, name: bytes, key: Key, mode: int, ino: int, generation: int) -> Node:
     node = Node(ino, mode, parent, name, key, (), generation)
-    node.protection = 0
+    node.protection = 0 if parent.protection == 0 else protect.inherited(parent, mode)
     fs.nodes.add(node)
     return node
 

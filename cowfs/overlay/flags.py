@@ -45,7 +45,7 @@ def setflags(fs: OverlayFs, node: Node, flags: int) -> None:
     protect.note(fs, node.upper, flags)
     node.protection = None
     fs.upper.setflags(node.upper, flags & ~protect.EITHER)
-    node.protection = flags & protect.EITHER
+    protect.set_known(fs, node, flags)
 
 
 def inherit(fs: OverlayFs, directory: Key, key: Key, mode: int) -> None:

@@ -91,7 +91,7 @@ def freeze(fs: OverlayFs, new_upper: Key, frozen: LowerLayer) -> None:
         key, node.upper = node.upper, None
         below = node.lowers if node.is_dir else node.lowers[-1:] if node.metacopy else ()
         node.lowers = ((number, key), *below)
-        node.metacopy, node.redirect, node.partial = False, None, None
+        node.metacopy, node.redirect, node.partial, node.protection = False, None, None, None
         for handle in node.handles or ():
             handle.is_frozen = handle.writable
     _begin_anew(fs, new_upper)

@@ -37,7 +37,7 @@ def read_original(fs: OverlayFs, node: Node, attr: Attr) -> Original:
     layer, key = node.lowers[0]
     xattrs = user_xattrs(fs, fs.lowers[layer], key)
     handle = fs.lowers[layer].handle(key)
-    flags = protect.protection(fs, node)
+    flags = protect.to_copy(fs, node)
     hard_link = attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode)
     if handle is None or (hard_link and fs.index is None):
         return Original(attr, xattrs, b"", None, flags)
@@ -52,7 +52,7 @@ def copy_attributes(fs: OverlayFs, key: Key, original: Original) -> None:
     upper, attr = fs.upper, original.attr
     _give_xattrs(fs, key, original.xattrs)
     if original.protection:
-        protect.note(fs, key, original.protection)
+        protect.give(fs, key, original.protection)
     acls = bool(original.xattrs)
     if not stat.S_ISLNK(attr.st_mode) and (acls or attr.st_mode & 0o7000 or not stat.S_ISREG(attr.st_mode)):
         upper.chmod(key, attr.st_mode)  # an ACL changes the mode, and chown(2) clears set-ID bits

@@ -84,6 +84,9 @@ int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out)
 	return op_finish(&op);
 }
 
+/* Flags that the union must respect: see protect.py. */
+#define FLAGS_RESPECTED (EXT2_IMMUTABLE_FL | EXT2_APPEND_FL | EXT2_SYNC_FL | EXT2_DIRSYNC_FL)
+
 static bool is_plain(x3_image *img, uint32_t dir, const struct inode *in, const struct x3_attr *attr)
 {
 	const int64_t FIRST = INT64_C(-2147483648) * 1000000000; /* below it, the numbers mean times after 2262 */
@@ -91,7 +94,7 @@ static bool is_plain(x3_image *img, uint32_t dir, const struct inode *in, const 
 	bool one_place = S_ISDIR(attr->mode) ? in->ino != EXT2_ROOT_INO && dir_parent(img, in->ino, NULL)->inode == dir
 					     : (S_ISREG(attr->mode) || S_ISLNK(attr->mode)) && attr->nlink == 1;
 
-	return usual && one_place && !(attr->flags & (EXT2_IMMUTABLE_FL | EXT2_APPEND_FL)) && !xattr_any(img, in);
+	return usual && one_place && !(attr->flags & FLAGS_RESPECTED) && !xattr_any(img, in);
 }
 
 void x3_plain(x3_image *img, uint32_t dir, const uint32_t *inodes, uint32_t count, uint32_t *out)
@@ -144,7 +147,7 @@ static bool is_simple(x3_image *img, uint32_t ino)
 	struct inode in = inode_get(img, ino);
 
 	return S_ISREG(in.raw->i_mode) && in.raw->i_links_count == 1 && !(in.raw->i_mode & (S_ISUID | S_ISGID)) &&
-	       !(in.raw->i_flags & (EXT2_IMMUTABLE_FL | EXT2_APPEND_FL)) && !xattr_rules(img, &in);
+	       !(in.raw->i_flags & FLAGS_RESPECTED) && !xattr_rules(img, &in);
 }
 
 int x3_is_simple(x3_image *img, uint32_t ino)
