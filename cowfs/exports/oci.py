@@ -107,12 +107,12 @@ class Base:
     def _json(self, name: str) -> Json:
         with os.fdopen(self._open(name), "rb") as file:
             text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise self._wrong(f"{name}: too large")
         try:
-            found = json.loads(text) if len(text) <= _LARGEST else None
+            found: Json = json.loads(text)
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise self._wrong(f"{name}: not JSON")
+            raise self._wrong(f"{name}: not JSON") from None
         return found
 
     def _wrong(self, why: str) -> UsageError:

@@ -118,6 +118,30 @@ def test_what_git_has_no_words_for(tmp_path: Path) -> None:
         assert "a/fifo" not in patch
 
 
+def test_files_of_a_renamed_directory_whose_names_others_have_now(tmp_path: Path) -> None:
+    """A file stays a rename, a link that became a file does not, and the halves of another stay together."""
+    script("mkdir -p base/usr; seq 9 >base/usr/a; ln -s a base/usr/l; echo plain >base/k", tmp_path)
+    with mounted(tmp_path / "base", tmp_path / "mnt", tmp_path / "store") as here:
+        script(
+            "mv usr bin; mkdir usr; echo o >usr/a; echo n >usr/l; ln -sf m k; rm bin/l; echo b >bin/l",
+            here.path,
+        )
+        patch = patch_of(here.path)
+        script(f"cp -a mnt {tmp_path}/merged", tmp_path)
+    lines = [
+        line for line in patch.decode().splitlines() if line.startswith(("diff", "deleted", "new", "rename"))
+    ]
+    assert lines == [
+        *("diff --git a/usr/l b/usr/l", "deleted file mode 120000"),
+        *("diff --git a/bin/l b/bin/l", "new file mode 100644"),
+        *("diff --git a/usr/a b/bin/a", "rename from usr/a", "rename to bin/a"),
+        *("diff --git a/k b/k", "deleted file mode 100644", "diff --git a/k b/k", "new file mode 120000"),
+        *("diff --git a/usr/a b/usr/a", "new file mode 100644"),
+        *("diff --git a/usr/l b/usr/l", "new file mode 100644"),
+    ]
+    assert apply(patch, tmp_path / "base", tmp_path / "patched") == tree(tmp_path / "merged")
+
+
 def test_what_is_where_a_renamed_link_was(tmp_path: Path) -> None:
     """git apply asks what the path is, and takes it from the deletion of a link, not from a rename; and it
     takes what it is told to delete for what it has made there before.

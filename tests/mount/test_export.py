@@ -26,11 +26,12 @@ pytestmark = needs_fuse
 
 MAKE = r"""
 mkdir -p lower/etc lower/usr/lib lower/usr/share/x lower/old lower/gone/sub lower/z1/d lower/z2
-mkdir lower/touched lower/dirtofile lower/opq; cd lower
+mkdir -p lower/touched lower/dirtofile/out lower/opq; cd lower
 seq 1 20 >etc/fstab; echo localhost >etc/hosts; echo tool >usr/tool; echo so >usr/lib/so
 echo a >usr/share/x/a; echo f >old/f; echo one >first; ln first second; echo 1 >linkme
 echo s >gone/sub/f; echo f >gone/g
-echo 1 >z1/one; echo x >z1/d/x; echo y >z1/d/y; echo 2 >z2/two; echo f >filetodir; echo q >dirtofile/q
+echo 1 >z1/one; echo x >z1/d/x; echo y >z1/d/y; echo 2 >z2/two; echo f >filetodir
+echo q >dirtofile/q; echo o >dirtofile/out/o
 head -c 300000 /dev/urandom >big; echo r >renamed; echo 1 >opq/1; echo 2 >opq/2; ln -s hosts etc/link
 mkfifo pipe; ln pipe pipe2; ln -s hosts sl; ln sl sl2
 touch -d 2020-01-01 etc/* usr/* first
@@ -40,7 +41,8 @@ sed -i 's/^7$/seven/' etc/fstab; rm etc/hosts; mkdir -p etc/new/empty; echo n >e
 mv usr bin; rm bin/tool; echo more >>bin/lib/so; mv bin/share/x/a bin/a
 rm -r old gone opq; echo now >old; mkdir opq; echo 3 >opq/3; echo two >>second; ln linkme linked
 mv z1 z3; mv z2 z1; mv z3 z2; rm z2/d/x
-rm filetodir; mkdir filetodir; echo in >filetodir/in; rm -r dirtofile; echo f >dirtofile
+rm filetodir; mkdir filetodir; echo in >filetodir/in
+mv dirtofile/out out; rm -r dirtofile; echo f >dirtofile
 chmod 600 big; mv renamed named; touch -d '2001-01-01 00:00:00.123456789' touched
 touch "$(printf 'new\nline')" "$(printf 'bad\377name')" '#new' ';new'; ln -s nowhere dangling
 mkfifo fifo; chmod 640 pipe; ln sl sl3; ln pipe2 etc/pipe
@@ -498,6 +500,11 @@ def test_what_a_format_has_no_words_for_is_told(tmp_path: Path) -> None:
         (["--to", "squashfs", "-"], "-: squashfs cannot go to standard output"),
         (["--to", "squashfs", "--compression", "rar", "x"], "--compression rar: unknown"),
         (["--to", "oci", "--base", "directory", "x"], "--base directory: index.json: No such file"),
+        (
+            ["--to", "oci", "--base", "broken", "x"],
+            "--base broken: index.json: not JSON (give the directory of",
+        ),
+        (["--to", "oci", "--base", "list", "x"], "--base list: not a valid image (give the directory of"),
         (["--to", "tar", "--base", "directory", "x"], "--base: only with --to oci or iso"),
         pytest.param(
             *(["--to", "iso", "--base", "there", "x"], "--base there: not an ISO image"),
@@ -508,6 +515,9 @@ def test_what_a_format_has_no_words_for_is_told(tmp_path: Path) -> None:
 def test_what_is_refused_is_refused_in_one_line(work: Work, options: list[str], why: str) -> None:
     (work.top / "there").touch()
     (work.top / "directory/sub").mkdir(parents=True, exist_ok=True)
+    for name, index in (("broken", "{"), ("list", "[]")):
+        (work.top / name).mkdir(exist_ok=True)
+        (work.top / name / "index.json").write_text(index)
     before = set(os.listdir(work.top))
     done = cowfs("export", work.store, *options, cwd=str(work.top))
     assert done.returncode in {1, 2} and done.stderr.count("\n") == 1
