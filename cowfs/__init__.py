@@ -4,7 +4,7 @@ The layers of the package, each importing only from those below it (import-linte
 
     cli             one module per subcommand; the daemon of a root filesystem
     trio_api | pytest_plugin  mounting under trio | for tests under pytest
-    api             the Python API, of mounted_tree, whole_stores, opened_changes and checkpoints
+    api             the Python API, of mounted_tree, opened_changes, backups and others
     client | serve  talks to the daemon of a mount over its control socket | answers in the daemon
     command         the command, run by other programs
     mountpoint      where a union may be mounted

@@ -24,6 +24,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.checkpoints import (
@@ -46,18 +47,22 @@ from cowfs.offline_changes import Lowers, Tell, open_offline_union
 from cowfs.opened_changes import Changes, open_changes
 from cowfs.types import Change
 from cowfs.watched import Event, Events, watch
-from cowfs.whole_stores import backup, convert, rebase, restore
 
 if TYPE_CHECKING:
+    from cowfs.backups import backup, restore
     from cowfs.changes.blame import History
     from cowfs.changes.names import Expect
     from cowfs.changes.patch import Counts
     from cowfs.changes.select import Selection
     from cowfs.changes.version import Tree
+    from cowfs.converting import convert
     from cowfs.exports.apply_root import Root
     from cowfs.exports.choose import Ask
     from cowfs.exports.losses import Losses
     from cowfs.exports.plan import Plan
+    from cowfs.rebasing import rebase
+
+_ELSEWHERE = {"backup": "backups", "convert": "converting", "rebase": "rebasing", "restore": "backups"}
 
 __all__ = [
     "Change", "Changes", "Checkpoint", "Done", "Event", "Events", "How", "Lowers", "MountedTree", "Tell",
@@ -65,6 +70,13 @@ __all__ = [
     "histories", "line_counts", "mount", "open_changes", "patch", "rebase", "reclaimable", "report",
     "restore", "rollback", "take_back", "undo_apply", "watch",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for on first use: most programs need none of it."""
+    if name not in _ELSEWHERE:
+        raise AttributeError(name)
+    return getattr(import_module(f"cowfs.{_ELSEWHERE[name]}"), name)
 
 
 def export(

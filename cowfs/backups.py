@@ -42,9 +42,10 @@ def backup(
 ) -> None:
     """Copy a store, or the store of a mount in use, to *target*, as it is at one moment.
 
-    *tell* is called with warnings, *progress* with what was done so far. A store in a directory becomes a
-    directory, any other a file; either is a store. At the end *target* is complete or does not exist. Blocks.
-    Raises CowfsError, and OSError with the path of what cannot be copied.
+    The copy is a store: a directory if the store is one, else a file. An existing one is replaced only with
+    *force*. *tell* gets warnings, *progress* what the daemon has done, *tick* numbers of bytes copied. At the
+    end *target* is complete or does not exist. Blocks. Raises CowfsError, and OSError with the path of what
+    cannot be copied.
     """
     mount = mount_with_store(what)
     if mount is not None:
@@ -69,9 +70,9 @@ def restore(
     tell: Tell = lambda _: None,
     tick: Tick = lambda _: None,
 ) -> None:
-    """Check a backup and copy it to *target*; with *force* it replaces an image that is there.
+    """Check a store made by :func:`backup` and copy it to *target*; with *force* it replaces an unused image.
 
-    At the end *target* is complete, or as it was before. Blocks. Raises what backup() raises.
+    At the end *target* is complete, or as it was before. Otherwise as :func:`backup`.
     """
     must_be_there(source)
     must_be_elsewhere(target, [source])

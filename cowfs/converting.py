@@ -17,32 +17,34 @@ from cowfs.store.offline.convert_in_place import Converted
 
 
 def convert(
-    path: str,
+    store: str,
     target: str,
-    lowers: Lowers,
+    lowers: Lowers | None = None,
     *,
-    tell: Tell,
+    tell: Tell = lambda _: None,
     tick: Callable[[bytes], None] = lambda _: None,
-    expect: Expect = not_asked,
+    expect: Expect | None = None,
 ) -> Converted:
-    """Convert the store *path* in place, or complete a conversion.
+    """Convert a store in place to ``overlayfs`` or ``aufs``, or complete that; return what was done.
 
-    Blocks; calls *tick* for each name, and *expect* before. For aufs it first copies into the store what
-    redirects and metacopies refer to in the *lowers*. Raises CowfsError.
+    For aufs, the data that it refers to in its *lowers* is copied into it first. *tick* is called for each
+    name. Before each pass *expect* is given a function that returns about how many names there will be.
+    Blocks. Raises CowfsError.
     """
-    if mount_with_store(path) is not None:
-        raise StoreError(f"{path}: is mounted", "unmount it first")
-    must_be_there(path)
-    if os.path.isdir(path) and pair_in(path) is not None:
+    expect = expect or not_asked
+    if mount_with_store(store) is not None:
+        raise StoreError(f"{store}: is mounted", "unmount it first")
+    must_be_there(store)
+    if os.path.isdir(store) and pair_in(store) is not None:
         raise StoreError(
-            f"{path}: another system uses it with overlayfs, and could not use a converted one",
+            f"{store}: another system uses it with overlayfs, and could not use a converted one",
             "mount it as it is, or make a store (cowfs create) and cowfs apply the changes to it",
         )
-    path = os.path.abspath(path)
+    path = os.path.abspath(store)
     copied = 0
     if offline.judge(path, target, tell):
         with ExitStack() as stack:
-            overlay = open_offline_union(path, lowers, stack, tell).overlay
+            overlay = open_offline_union(path, lowers or Lowers(), stack, tell).overlay
             roots = [(overlay.upper, overlay.root.upper), *((low, low.root) for low in overlay.base)]
             expect(lambda: sum(count_names(layer, root) for layer, root in roots))
             copied = flatten(overlay, tick)

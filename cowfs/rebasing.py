@@ -95,42 +95,44 @@ class _Work:
 
 
 def rebase(
-    path: str,
-    old: Lowers,
+    store: str,
     new: Lowers,
+    old: Lowers | None = None,
     *,
     dry_run: bool = False,
     conflicts: str = "",
     tell: Tell = lambda _: None,
     tick: Callable[[bytes], None] = lambda _: None,
-    expect: Expect = not_asked,
+    expect: Expect | None = None,
 ) -> Rebased:
-    """Change the lowers of the store at *path* from *old* to *new*, with its changes and checkpoints.
+    """Move a store, with its changes and checkpoints, to *new*, another version of its lowers.
 
-    If it is interrupted, the store is the old one or the new one. What both sides have changed stays as in
-    the store, and is reported; with *conflicts* all versions of it are written to that directory, which is
-    created. *tick* is called for each path, and *expect* before. Blocks. Raises CowfsError.
+    *old* are its lowers; the default is where the store last had them. What both sides have changed stays as
+    in the store, and is in the result; with *conflicts* all versions of it are written to that directory,
+    which is created. With *dry_run* nothing changes. If it is interrupted, the store is the old one or the
+    new one. *tick* and *expect* are as in :func:`convert`. Blocks. Raises CowfsError.
     """
-    if mount_with_store(path) is not None:
-        raise StoreError(f"{path}: is mounted", "unmount it first")
-    must_be_there(path)
+    old, expect = old or Lowers(), expect or not_asked
+    if mount_with_store(store) is not None:
+        raise StoreError(f"{store}: is mounted", "unmount it first")
+    must_be_there(store)
     assert new.given is not None
     result = Rebased()
     if not dry_run:
-        _judge(path, old, new, conflicts)
+        _judge(store, old, new, conflicts)
     with ExitStack() as stack:
-        store = open_store(path, engine=old.engine, read_only=dry_run, progress=tell)
-        stack.callback(store.close)
-        before = _before(path, store, old)
-        result.old = _identities(before, store)
-        result.new = _identities(new, store)
-        _refuse(store, new)
-        work = _open(store, (before, new), result, tick, stack)
-        expect(functools.partial(count_names, store.layer, store.upper))
+        opened = open_store(store, engine=old.engine, read_only=dry_run, progress=tell)
+        stack.callback(opened.close)
+        before = _before(store, opened, old)
+        result.old = _identities(before, opened)
+        result.new = _identities(new, opened)
+        _refuse(opened, new)
+        work = _open(opened, (before, new), result, tick, stack)
+        expect(functools.partial(count_names, opened.layer, opened.upper))
         if dry_run:
-            for step in steps(store.layers, store.upper):
-                root = store.upper if step.top is None else step.top.key
-                imagined = ImaginedUpper(store.layer, root, work.xattrs)
+            for step in steps(opened.layers, opened.upper):
+                root = opened.upper if step.top is None else step.top.key
+                imagined = ImaginedUpper(opened.layer, root, work.xattrs)
                 _walk(work, step, imagined, imagined)
             if conflicts and result.conflicts:
                 _write_conflicts(work.sides, conflicts)
@@ -140,7 +142,7 @@ def rebase(
             except OSError as error:
                 hint = "make it larger (cowfs grow), or delete files" if error.errno in LACK_OF_ROOM else ""
                 name = f": {os.fsdecode(error.filename)}" if error.filename else ""
-                raise StoreError(f"{path}: nothing was changed: {error.strerror}{name}", hint) from None
+                raise StoreError(f"{store}: nothing was changed: {error.strerror}{name}", hint) from None
     return result
 
 

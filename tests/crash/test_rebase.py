@@ -33,7 +33,7 @@ def told(*arguments):
     exchange(*arguments)
     print(killer.count)
 Layers.exchange = told
-rebase(store, Lowers([old]), Lowers([new]))
+rebase(store, Lowers([new]), Lowers([old]))
 print(killer.count)
 """
 

@@ -218,7 +218,7 @@ def prepare(place: Path, seed: int, *, moves: bool, links: bool) -> tuple[Path, 
 
 
 def run(store: Path, old: Path, new: Path, *, dry_run: bool = False) -> Rebased:
-    return rebase(str(store), Lowers([str(old)]), Lowers([str(new)]), dry_run=dry_run)
+    return rebase(str(store), Lowers([str(new)]), Lowers([str(old)]), dry_run=dry_run)
 
 
 SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, MOST))]

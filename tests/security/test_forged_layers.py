@@ -200,8 +200,8 @@ def test_versions_in_conflict_stay_in_their_directory(
     there = set(os.listdir(tmp_path))
     rebase(
         str(store),
-        api.Lowers((str(made / "lower"),)),
         api.Lowers((str(tmp_path / "new"),)),
+        api.Lowers((str(made / "lower"),)),
         conflicts=str(tmp_path / "conflicts"),
     )
     assert set(os.listdir(tmp_path)) - there == {"conflicts"}
