@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import stat
 from collections.abc import Callable, Generator
+from contextlib import closing
 from itertools import islice
 
 from cowfs.changes.moves import Moves
 from cowfs.changes.steps import OFTEN, Done, Forget, Found, Progress, Seen, find, why
 from cowfs.changes.trash import ASIDE, Batch, Log, Step, attributes_from_json, batches, given_up
 from cowfs.errors import StoreError
+from cowfs.layers.base import File, Key
 from cowfs.overlay import away, uncover
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
@@ -21,6 +24,7 @@ _NOTED = 1000
 _SET_ASIDE = re.compile(rb"(?:^|(?<=/))[^/]*" + re.escape(ASIDE) + rb"[^/]*(?=/)")
 _DEEPEST = 64
 """How deep files that were set aside can be nested in each other."""
+_PIECE = 1 << 20
 
 
 def undo(fs: Overlay, forget: Forget) -> Progress:
@@ -154,9 +158,47 @@ def _undo(fs: Overlay, batch: Batch, step: Step, stale: uncover.Stale) -> bool:
         return _undo_attributes(fs, node, step, stale)
     assert found is not None
     fs.copy_up(node)
+    if _was_written(fs, place, node, found[0]):
+        raise FileExistsError(errno.EEXIST, "something else is there now", step.path)
     uncover.give_content(fs, node, fs.upper, found[0], stale)
     uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.upper, found[0]), stale)
     fs.upper.unlink(*kept, found[0])
+    return True
+
+
+def _was_written(fs: Overlay, place: Found, node: Node, kept: Key) -> bool:
+    """Whether a file that was reverted in place was written to since: somebody had it open.
+
+    Its content is the lower's. If a revert or an undo was interrupted, it is the beginning of the lower's or
+    of what was *kept*, and then zeros.
+    """
+    lower = fs.stack.find(place.parent.lowers, place.name)
+    sources = [(fs.upper, kept), *((fs.lowers[number], key) for number, key, _ in lower[-1:])]
+    with closing(fs.upper.open(node.upper, os.O_RDONLY)) as file:
+        for layer, key in sources:
+            with closing(layer.open(key, os.O_RDONLY)) as source:
+                if _begins_as(file, source):
+                    return False
+    return True
+
+
+def _begins_as(file: File, source: File) -> bool:
+    """Whether a file is what :func:`uncover.give_content` has made of it, or had when it was interrupted."""
+    size = file.stat().st_size
+    if size not in {0, source.stat().st_size}:
+        return False
+    is_same = True
+    for at in range(0, size, _PIECE):
+        data = file.pread(_PIECE, at)
+        if is_same:
+            other = source.pread(_PIECE, at)
+            if data == other:
+                continue
+            pairs = enumerate(zip(data, other, strict=False))
+            data = data[next((number for number, (one, two) in pairs if one != two), len(other)) :]
+            is_same = False
+        if data.strip(b"\0"):
+            return False
     return True
 
 

@@ -254,6 +254,32 @@ def test_files_that_are_open(tmp_path: Path, kind: str) -> None:
         assert cowfs("diff", here.path).stdout == "M  etc/fstab  (content, times)\n"
 
 
+@KINDS
+def test_undo_keeps_what_was_written_to_an_open_file(tmp_path: Path, kind: str) -> None:
+    lower, store = lower_of(tmp_path, kind), make_store(tmp_path, kind)
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        fstab = here.path / "etc/fstab"
+        before = fstab.read_bytes()
+        for at, data in ((0, b"first"), (len(before), b"at the end"), (8, b"in the middle")):
+            fstab.write_bytes(b"changed\n")
+            with fstab.open("r+b", buffering=0) as writer:
+                reverted(here.path, "etc/fstab")
+                os.pwrite(writer.fileno(), data, at)
+                written = fstab.read_bytes()
+                done = cowfs("revert", here.path, "--undo")
+                assert done.returncode == 32 and "etc/fstab: something else is there now" in done.stderr
+                assert fstab.read_bytes() == written == before[:at] + data + before[at + len(data) :]
+                reverted(here.path, "etc/fstab")
+                assert fstab.read_bytes() == before
+                reverted(here.path, "--undo")
+                assert fstab.read_bytes() == written
+                if kind != "image":  # there, nobody knows that it is open, and undo wants its name to be free
+                    os.ftruncate(writer.fileno(), 0)
+                    writer.write(before)
+                    reverted(here.path, "--undo")
+                    assert fstab.read_bytes() == b"changed\n"
+
+
 def test_attributes_of_what_has_several_names(tmp_path: Path) -> None:
     """A large file, of which the store has the attributes alone, and a symlink."""
     script(MAKE, tmp_path)
