@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.client import ask, checked_answer, find_mount
 from cowfs.errors import CowfsError, MountFailure
 from cowfs.mounted_changes import PATIENCE
-from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
+from cowfs.offline_changes import Lowers, Tell, Tick, must_be_there, open_offline_union
+
+if TYPE_CHECKING:
+    from cowfs.take_back import Told
 
 
 class Checkpoint(NamedTuple):
@@ -74,8 +77,16 @@ def checkpoint(what: str, name: str, lowers: Lowers | None = None, tell: Tell = 
     _ask_checkpoints(what, "take", name, lowers, tell)
 
 
-def rollback(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
+def rollback(
+    what: str,
+    name: str,
+    lowers: Lowers | None = None,
+    tell: Tell = lambda _: None,
+    tick: Tick = lambda: None,
+) -> None:
     """Make the tree what it was at a checkpoint; later changes that no other checkpoint keeps are lost.
+
+    *tick* is called now and then while changes of a store that is not mounted are removed.
 
     UsageError if there is no such checkpoint. MountFailure if the tree is mounted and a process uses a file
     in it.
@@ -87,20 +98,34 @@ def rollback(what: str, name: str, lowers: Lowers | None = None, tell: Tell = la
         if all(one.name != name for one in checkpoints(what)):
             raise no_such(name)
         _must_not_be_used(what, found.dev)
-    _ask_checkpoints(what, "go_back", name, lowers, tell)
+    _ask_checkpoints(what, "go_back", name, lowers, tell, tick)
 
 
 def delete_checkpoint(
-    what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None
+    what: str,
+    name: str,
+    lowers: Lowers | None = None,
+    tell: Tell = lambda _: None,
+    tick: Tick = lambda: None,
 ) -> None:
-    """Delete a checkpoint. The tree and the other checkpoints keep their contents."""
-    _ask_checkpoints(what, "delete", name, lowers, tell)
+    """Delete a checkpoint. The tree and the other checkpoints keep their contents.
+
+    *tick* is called for each name that is merged or removed, of a store that is not mounted.
+    """
+    _ask_checkpoints(what, "delete", name, lowers, tell, tick)
     if find_mount(what) is None:
         with ExitStack() as stack:  # which merges its remaining layer
-            open_offline_union(what, lowers or Lowers(), stack, tell)
+            open_offline_union(what, lowers or Lowers(), stack, tell, tick=tick)
 
 
-def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, tell: Tell) -> None:
+def _ask_checkpoints(
+    what: str,
+    asked: str,
+    name: str,
+    lowers: Lowers | None,
+    tell: Tell,
+    tick: Tick = lambda: None,
+) -> None:
     from cowfs.changes.checkpoint import must_be_possible
     from cowfs.store.served.open import open_store
     from cowfs.take_back import checkpoints as steps
@@ -120,10 +145,17 @@ def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, te
                     must_be_possible(store, name)
                 elif store.layers.is_at(store.upper, store.layers.named(name)) and asked == "go_back":
                     return
-            union = open_offline_union(what, lowers or Lowers(), stack, tell)
-            replies = done(steps(union, {"what": asked, "name": name}))
+            union = open_offline_union(what, lowers or Lowers(), stack, tell, tick=tick)
+            replies = done(_ticking(steps(union, {"what": asked, "name": name}), tick))
         for _ in replies:
             pass
+
+
+def _ticking(steps: Told, tick: Tick) -> Told:
+    """Yield *steps*, and call *tick* after each."""
+    for step in steps:
+        yield step
+        tick()
 
 
 _TOLD = 3

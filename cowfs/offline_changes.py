@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cowfs.union import Union
 
 Tell = Callable[[str], None]
+Tick = Callable[[], None]
 _NAMED = 5
 """The most stores in a store that a message names."""
 
@@ -55,9 +56,18 @@ def must_be_there(path: str) -> None:
 
 
 def open_offline_union(
-    path: str, lowers: Lowers, stack: ExitStack, tell: Tell, *, read_only: bool = False
+    path: str,
+    lowers: Lowers,
+    stack: ExitStack,
+    tell: Tell,
+    *,
+    read_only: bool = False,
+    tick: Tick = lambda: None,
 ) -> Union:
-    """Open a store that is not mounted, with its lowers, to be changed unless *read_only*."""
+    """Open a store that is not mounted, with its lowers, to be changed unless *read_only*.
+
+    *tick* is called for each name of a deleted checkpoint that is merged.
+    """
     from cowfs.store.format.header import check_lowers
     from cowfs.store.served.open import open_store
     from cowfs.union import UnionOptions, open_union
@@ -82,7 +92,7 @@ def open_offline_union(
         remembers=False,
         read_only=read_only,
     )
-    union = open_union(options, tell)
+    union = open_union(options, tell, tick)
     stack.callback(union.close)
     return union
 

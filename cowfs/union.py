@@ -224,14 +224,17 @@ def _offsets(options: UnionOptions) -> tuple[int, ...]:
     return given + (0,) * (len(options.lowers) - len(given))
 
 
-def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Union:
+def open_union(
+    options: UnionOptions, progress: Progress = lambda _: None, tick: Callable[[], None] = lambda: None
+) -> Union:
     """Open the layers and the store and join them.
 
-    Blocks; repairing a store can take long, and *progress* is called with messages. Raises CowfsError with
-    the reason if something cannot be used; then nothing stays open.
+    Blocks; repairing a store can take long, and *progress* is called with messages, and *tick* for each name
+    of a deleted checkpoint that is merged. Raises CowfsError with the reason if something cannot be used;
+    then nothing stays open.
     """
     try:
-        return _open_union(options, progress)
+        return _open_union(options, progress, tick)
     except OSError as error:
         if error.errno not in LACK_OF_ROOM:
             raise
@@ -241,7 +244,7 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
         ) from None
 
 
-def _open_union(options: UnionOptions, progress: Progress) -> Union:
+def _open_union(options: UnionOptions, progress: Progress, tick: Callable[[], None]) -> Union:
     offsets = _offsets(options)
     identities = identify_lowers(options.lowers, offsets, options.data_only, options.whiteouts)
     with ExitStack() as stack:
@@ -269,7 +272,7 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
             if options.fakeroot:
                 directory.act_as_root(store.work, anew=anew)
         if store.frozen and not store.header.modules:  # whiteouts that only these need would be lost
-            merge_deleted(store, lowers)
+            merge_deleted(store, lowers, tick)
         volatile = _volatile(options, store, bool(above))
         overlay = _join(Grafted if volatile else Overlay, store, lowers, options)
         stack.callback(_close_all, overlay.modules)

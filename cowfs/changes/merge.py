@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 
 from cowfs.changes.composite import Composite
@@ -37,11 +37,13 @@ class NotMerged(Exception):
     """Two layers cannot be merged, and stay as they are."""
 
 
-def merge_deleted(store: Store, lowers: Sequence[LowerLayer]) -> None:
+def merge_deleted(
+    store: Store, lowers: Sequence[LowerLayer], tick: Callable[[], None] = lambda: None
+) -> None:
     """Merge or remove each layer whose checkpoint was deleted and that no other layer needs. Blocks.
 
     Call it only while nothing uses the store's keys. If it fails, the layers stay as they are. *lowers* are
-    the store's lowers.
+    the store's lowers. *tick* is called for each name that is merged or removed.
     """
     if store.read_only or any(layer.waits for layer in lowers):
         return
@@ -52,13 +54,13 @@ def merge_deleted(store: Store, lowers: Sequence[LowerLayer]) -> None:
             break
         one, child = found
         try:
-            _merge(store, one, child, lowers)
+            _merge(store, one, child, lowers, tick)
         except (NotMerged, OSError) as why:
             log.info("a deleted checkpoint keeps its layer %d: %s", one.number, why)
             kept.add(one.number)
         for number in store.layers.rubbish(store.upper):
             for _ in store.layers.remove(number):
-                pass
+                tick()
         store.frozen = store.layers.frozen(store.upper)
 
 
@@ -78,7 +80,9 @@ def _next(store: Store, kept: set[int]) -> tuple[Checkpoint, int] | None:
     return None
 
 
-def _merge(store: Store, one: Checkpoint, child: int, lowers: Sequence[LowerLayer]) -> None:
+def _merge(
+    store: Store, one: Checkpoint, child: int, lowers: Sequence[LowerLayer], tick: Callable[[], None]
+) -> None:
     layers, layer = store.layers, store.layer
     root = store.upper if child == UPPER else layers.all()[child].key
     if child == UPPER and any(layer.readdir(key) for key in (store.index, store.links) if key is not None):
@@ -89,7 +93,7 @@ def _merge(store: Store, one: Checkpoint, child: int, lowers: Sequence[LowerLaye
     frozen = as_layers(layer, layers.under(one)[1:])
     new = layers.prepare(root, one.below, fresh=False)
     try:
-        _Merge(store, both, Stack([*frozen, *lowers], xattrs)).fill(new.key)
+        _Merge(store, both, Stack([*frozen, *lowers], xattrs)).fill(new.key, tick)
         layer.sync()
     except BaseException:
         for _ in layers.remove(new.number):
@@ -112,8 +116,8 @@ class _Merge:
         self._xattrs = below.format
         self._below = LowerView(below)
 
-    def fill(self, made: Key) -> None:
-        """Fill the empty directory *made* with the merged contents of both layers."""
+    def fill(self, made: Key, tick: Callable[[], None]) -> None:
+        """Fill the empty directory *made* with the merged contents of both layers; *tick* after each name."""
         waiting: list[_Directory] = [(self._both.root, made, self._below.root())]
         dated: list[tuple[Key, Key]] = []
         while waiting:
@@ -121,6 +125,7 @@ class _Merge:
             dated.append((source, target))
             for name in sorted(entry.name for entry in self._both.readdir(source)):
                 inside = self._entry(source, target, base, name)
+                tick()
                 if inside is not None:
                     waiting.append(inside)
         for source, target in reversed(dated):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import warn
+from cowfs.cli.output import Tally, progress_line, warn
 
 NAME = "checkpoint"
 
@@ -47,5 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from cowfs import api
 
     lowers = options.lowers_of(args)
-    (api.delete_checkpoint if args.delete else api.checkpoint)(args.what, args.name, lowers, warn)
+    if not args.delete:
+        api.checkpoint(args.what, args.name, lowers, warn)
+        return 0
+    with progress_line() as progress:
+        api.delete_checkpoint(args.what, args.name, lowers, warn, Tally(progress, "names").add)
     return 0

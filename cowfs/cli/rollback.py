@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import warn
+from cowfs.cli.output import Tally, progress_line, warn
 
 NAME = "rollback"
 
@@ -36,5 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Go back to the checkpoint."""
     from cowfs import api
 
-    api.rollback(args.what, args.name, options.lowers_of(args), warn)
+    with progress_line() as progress:
+        lowers = options.lowers_of(args)
+        api.rollback(args.what, args.name, lowers, warn, Tally(progress, "names").add)
     return 0

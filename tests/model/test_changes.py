@@ -440,7 +440,7 @@ def differences(one: tree.Snapshot, other: tree.Snapshot, made: dict[str, int]) 
     found = []
     for path in one.keys() | other.keys():
         was, is_ = (None if facts is None else dict(facts) for facts in (one.get(path), other.get(path)))
-        if was and is_ and was["type"] == is_["type"] == "fifo" and is_["ino"] == made.get(path):
+        if made and was and is_ and was["type"] == is_["type"] == "fifo" and is_["ino"] == made.get(path):
             is_["ino"] = was["ino"]
         if was != is_:
             found.append(f"{path}: {was} is now {is_}")

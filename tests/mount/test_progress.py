@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import COWFS, cowfs, mounted, project_root
+from tests.support.mounts import COWFS, cowfs, make_store, mounted, project_root
 from tests.support.system import needs_fuse
 
 pytestmark = needs_fuse
@@ -104,6 +104,24 @@ def test_what_apply_has_done(top: Path, tmp_path: Path) -> None:
         rb"\x1b\[K4[0-9][0-9] paths", _shown("apply", "--undo", "--backup", old, root, program=program)
     )
     assert os.listdir(root) == []
+
+
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_what_of_a_checkpoint_is_merged_or_removed(tmp_path: Path, kind: str) -> None:
+    store, program = make_store(tmp_path, kind), ("-c", AT_ONCE)
+    (tmp_path / "lower").mkdir()
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        cowfs("checkpoint", here.path, "empty", check=True)
+        for number in range(70):
+            (here.path / f"{number}").touch()
+    cowfs("checkpoint", store, "full", check=True)
+    cowfs("checkpoint", store, "same", check=True)
+    shown = _shown("checkpoint", "--delete", store, "full", program=program)
+    assert re.search(rb"\x1b\[K[1-9][0-9]{1,2} names, [0-9]+/s", shown), shown
+    cowfs("checkpoint", store, "--delete", "same", check=True)
+    shown = _shown("rollback", store, "empty", program=program)
+    assert re.search(rb"\x1b\[K[7-9][0-9] names, [0-9]+/s", shown), shown
+    assert cowfs("diff", store, check=True).stdout == ""
 
 
 def test_what_the_programs_of_e2fsprogs_have_done(top: Path, tmp_path: Path) -> None:
