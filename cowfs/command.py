@@ -104,12 +104,14 @@ def run_command(arguments: Sequence[str], temporary: str | None = None) -> None:
             return
         said.seek(0)
         lines = said.read().decode(errors="replace").strip().splitlines()
+    if code < 0:
+        raise MountFailure(f"cowfs {arguments[0]} was killed", "memory may have run out: see dmesg")
     why = lines[-1].removeprefix("cowfs: ") if lines else f"cowfs {arguments[0]} failed ({code})"
     raise _FAILURES.get(code, MountFailure)(why)
 
 
 def _start(arguments: Sequence[str], said: IO[bytes]) -> int:
-    """Run the command in a new Python; return the exit code."""
+    """Run the command in a new Python; return the exit code, a negative one if it was killed."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "cowfs", *arguments],
         stdin=subprocess.DEVNULL,
@@ -162,7 +164,7 @@ class _Warm:
             )
 
     def run(self, arguments: Sequence[str], said: IO[bytes], temporary: str | None) -> int:
-        """Run a command; return the exit code, 1 if it has sent none."""
+        """Run a command; return the exit code, a negative one if it was killed."""
         if _whose() != self._owner:  # this is a fork, or the user has changed
             return _start(arguments, said)
         try:
@@ -192,7 +194,7 @@ class _Warm:
                     os.kill(int(first or answers.readline()), signal.SIGTERM)
                 answers.read()
                 raise
-        return int(code) if code.strip() else 1
+        return int(code) if code.strip() else -signal.SIGKILL
 
     def close(self) -> None:
         """End the process. Running commands continue."""

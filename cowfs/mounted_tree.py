@@ -18,6 +18,7 @@ from cowfs.linux.files import absolute
 from cowfs.mounted_changes import PATIENCE
 from cowfs.opened_changes import open_changes
 from cowfs.types import Change
+from cowfs.unmounting import unmount
 
 if TYPE_CHECKING:
     from cowfs.linux.mount_table import MountInfo
@@ -131,8 +132,8 @@ def _unmount(where: str, mounted: MountInfo | None) -> None:
     if find_mount(where) != mounted:  # somebody else has unmounted it
         return
     try:
-        run_command(["umount", where])
+        unmount(where)
     except CowfsError:
         with suppress(CowfsError):
-            run_command(["umount", "--lazy", where])
+            unmount(where, lazy=True)
         raise

@@ -14,7 +14,7 @@ from cowfs.url.names import is_url
 
 def is_tolerated(args: argparse.Namespace) -> bool:
     """Whether the options of a mount that failed have ``nofail``, and a lower or its store is missing."""
-    if not any("nofail" in options.split(text) for text in args.options):
+    if not options.is_nofail(args.options):
         return False
     try:
         store = args.store or options.parse(args.options).values.get("store", "memory")

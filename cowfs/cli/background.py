@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from cowfs.cli.limits import explain_shortage
+from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, InternalError, MountFailure
 from cowfs.linux.signals import hold_back, open_signals, take, unblock
 
@@ -48,18 +49,54 @@ class Reporter:
             os.close(fd)
 
 
+class _OwnReporter(Reporter):
+    """The reporter of a command that has become the daemon itself: it prints the error, and sends its exit
+    code.
+    """
+
+    def _send(self, report: dict[str, object]) -> None:
+        if "error" in report:
+            warn(str(report["error"]))
+            sys.stderr.flush()
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.write(fd, f"{report.get('code', 0)}\n".encode())
+            os.close(fd)
+
+
+_told: list[int] = []
+"""In a fork of a warm process: where it sends its exit code."""
+
+
+def may_become_the_daemon(told: int) -> None:
+    """Allow this process to become the daemon of a mount instead of forking one.
+
+    Then nothing of the command is done after the mount. What waits for the command reads its exit code, and a
+    newline, from the socket *told*.
+    """
+    _told.append(told)
+
+
 def run_in_background(
-    daemon: Callable[[Reporter], int], keep: Collection[int] = (), *, stays: bool = False
+    daemon: Callable[[Reporter], int],
+    keep: Collection[int] = (),
+    *,
+    stays: bool = False,
+    is_last: bool = False,
 ) -> int:
     """Run *daemon* in a process with its own session; return when it has reported.
 
+    If it *is_last*, nothing has to be done after that, and this process may become it and never return.
     Only the descriptors of *keep* and of the terminal stay open. Raises the CowfsError that the daemon
     reported. A signal that asks this process to end is passed on to the daemon; when that has ended,
     SystemExit is raised. After the report, or always if *stays*, such a signal stays blocked for good.
     """
-    reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_last and _told:
+        hold_back()
+        _be_daemon(daemon, _told[0], keep, _OwnReporter)
+    reading, writing = os.pipe()
     hold_back()  # otherwise a signal could end one of the two processes unnoticed
     pid = os.fork()
     if pid == 0:
@@ -115,12 +152,17 @@ def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes
         return reader.read(), asked, True
 
 
-def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[int]) -> NoReturn:
+def _be_daemon(
+    daemon: Callable[[Reporter], int],
+    pipe: int,
+    keep: Collection[int],
+    kind: type[Reporter] = Reporter,
+) -> NoReturn:
     """Run *daemon* in the forked process, and end the process. Never returns."""
     code = 1
     try:
         _detach(pipe, keep)
-        reporter = Reporter(pipe)
+        reporter = kind(pipe)
         try:
             code = _interruptible(daemon, reporter)
             reporter.failed(MountFailure("unmounted before the daemon was ready", "mount again"))

@@ -37,7 +37,7 @@ class HelperRequests:
 
     def start(self) -> None:
         """Start to serve requests, while the process has one thread."""
-        inline = {"mount": self.mount, "store": self.store}
+        inline = {"mount": self.mount, "store": self.store, "is_mounted": self.is_mounted}
         waiting = {"answers": self.answers, "sync": self.sync, "drop": self.drop, "unmount": self.unmount}
         asking = {"places": self.places, "loops": self.loops, "wake": self.wake, "syslog": self.syslog}
         helper_process.start({**inline, **waiting, **asking, "run": self.run}, inline=inline)
@@ -57,10 +57,14 @@ class HelperRequests:
         self._dev = here.dev if here is not None else "none"
         return {"dev": here.dev if here is not None else ""}
 
+    def is_mounted(self, request: Request, fds: list[int]) -> Reply:
+        """Return whether the mount still exists."""
+        here = mount_table.mount_of(self._mountpoint)
+        return {"is": here is not None and here.dev == self._dev}
+
     def unmount(self, request: Request, fds: list[int]) -> Reply:
         """Detach the mount if it still exists; return whether it did."""
-        here = mount_table.mount_of(self._mountpoint)
-        if here is None or here.dev != self._dev:
+        if not self.is_mounted(request, fds)["is"]:
             return {"was": False}
         mounts.unmount(self._mountpoint, mounts.MNT_DETACH)
         return {"was": True}

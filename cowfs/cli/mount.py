@@ -130,8 +130,17 @@ def mounted(args: argparse.Namespace, *, hides_store: bool = False) -> tuple[int
             mount_options.refuse_bare_colon(mount_options.split_lowers(args.lower), here)
             yield
 
-    where, foreground = args.mountpoint, args.foreground
-    return start(union, where, given, foreground=foreground, around=look, hides_store=hides_store), union
+    code = start(
+        union,
+        args.mountpoint,
+        given,
+        foreground=args.foreground,
+        around=look,
+        hides_store=hides_store,
+        # Otherwise the command removes a decrypted device, or forgives a failure.
+        is_last=not union.store.startswith("/dev/") and not mount_options.is_nofail(args.options),
+    )
+    return code, union
 
 
 def _is_read_only(args: argparse.Namespace) -> bool:
@@ -151,10 +160,12 @@ def start(
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
     owner_map: OwnerMap | None = None,
     hides_store: bool = False,
+    is_last: bool = False,
 ) -> int:
     """Mount a union at *where*; return when the mount answers, or in the *foreground* when it is unmounted.
 
-    The daemon enters the context *around* before it first accesses a lower.
+    *is_last*: see :func:`run_in_background`. The daemon enters the context *around* before it first accesses
+    a lower.
     """
     from cowfs.layers.slow import must_stay_open
     from cowfs.mountpoint import check_mountpoint, check_places, hides_its_store
@@ -187,7 +198,7 @@ def start(
         if must_stay_open():
             leave(code)
         return code
-    return run_in_background(daemon, _handed_over(mountpoint))
+    return run_in_background(daemon, _handed_over(mountpoint), is_last=is_last)
 
 
 def _must_be_on_a_device(store: str) -> None:

@@ -234,6 +234,11 @@ def split(text: str) -> list[str]:
     return [part for part in _split(text, ",") if part]
 
 
+def is_nofail(given: Sequence[str]) -> bool:
+    """Whether the arguments of -o have ``nofail``."""
+    return any("nofail" in split(text) for text in given)
+
+
 def split_lowers(text: str) -> tuple[str, ...]:
     """Split LOWER[:LOWER...][::DATA...] into its names, as :func:`split_layers` does."""
     return split_layers(text)[0]

@@ -18,7 +18,8 @@ import sys
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from cowfs.cli import encrypted, helper_requests, mount, umount
+from cowfs.cli import encrypted, helper_requests, mount
+from cowfs.cli.background import may_become_the_daemon
 from cowfs.cli.main import main, prepare
 from cowfs.cli.own_files import load_all
 from cowfs.command import GOODBYE, LONGEST_REQUEST
@@ -27,7 +28,7 @@ from cowfs.linux.mount_table import mountinfo
 from cowfs.linux.signals import raise_keyboard_interrupts
 from cowfs.store.served.memory import keep_template
 
-_LOADED = (encrypted, helper_requests, mount, umount)
+_LOADED = (encrypted, helper_requests, mount)
 """The modules that most commands load."""
 _PATIENCE = 60.0
 """How long the daemons may take to write all changes, in seconds."""
@@ -37,7 +38,6 @@ def serve(requests: socket.socket) -> None:
     """Fork for each command, until the other end of *requests* is closed."""
     load_all()
     prepare(["mount", ".", ".", "--store=memory", "-o", "x"])
-    prepare(["umount", "."])
     keep_template()
     if os.geteuid() == 0:  # daemons of other users have no filter
         with suppress(OSError):  # without libseccomp, the daemon logs it
@@ -89,6 +89,7 @@ def _be(asked: dict[str, Any], output: int, answer: int) -> NoReturn:
             os.dup2(output, fd)
         os.close(output)
         sys.argv = ["cowfs", *asked["arguments"]]
+        may_become_the_daemon(answer)
         code = main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

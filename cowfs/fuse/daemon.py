@@ -233,7 +233,8 @@ class Daemon:
     def _unmount_elsewhere(self, elsewhere: helper_process.Outside) -> None:
         place = self._request.mountpoint
         try:
-            was_there = elsewhere.ask("unmount")["was"]
+            # The helper forks to unmount, and looks without.
+            was_there = elsewhere.ask("is_mounted")["is"] and elsewhere.ask("unmount")["was"]
         except OSError as error:  # the helper was killed: cowfs umount detaches the mount
             log.warning("%s: cannot be detached, if it is still mounted: %s", place, error.strerror)
             return

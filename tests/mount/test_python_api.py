@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -124,6 +126,25 @@ def test_a_process_is_kept_warm(lower: Path) -> None:
     assert not tree.path.exists()
     with cowfs.mount(lower) as tree:
         assert b"zygote" not in command_line(tree.path)
+
+
+def test_a_daemon_that_is_killed_before_it_is_ready() -> None:
+    """The fork of the warm process is the daemon itself."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, cowfs.warm(), ThreadPoolExecutor() as pool:
+        waiting = pool.submit(cowfs.mount(f"http://127.0.0.1:{silent.getsockname()[1]}/x.sqsh").__enter__)
+        with silent.accept()[0]:
+            (warm,) = children(os.getpid(), b"cowfs.cli.zygote")
+            (daemon,) = children(warm, b"cowfs.cli.zygote")
+            os.kill(daemon, signal.SIGKILL)
+            with pytest.raises(MountFailure, match="cowfs mount was killed"):
+                waiting.result(30)
+
+
+def children(parent: int, program: bytes) -> list[int]:
+    """The children of a process that run a program."""
+    of_threads = Path(f"/proc/{parent}/task").glob("*/children")
+    pids = [int(pid) for listed in of_threads for pid in listed.read_text().split()]
+    return [pid for pid in pids if program in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_each_store_of_a_warm_process_is_one_of_its_own(lower: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.cli import umount
+from cowfs import unmounting
 from cowfs.linux.mount_table import mountinfo
 from tests.support.mounts import COWFS, cowfs, eventually, is_mounted, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
@@ -137,7 +137,7 @@ def test_another_filesystem_with_the_number_of_one_that_is_gone(monkeypatch: pyt
     """The kernel gives a device number to the next mount at once: that one is not what is waited for."""
     found = mountinfo()[0]
     successor = dataclasses.replace(found, source=b"another", mountpoint=b"/elsewhere")
-    monkeypatch.setattr(umount, "mountinfo", lambda: [successor])
-    monkeypatch.setattr(umount, "mounted_elsewhere", lambda: iter([(1, [successor])]))
-    assert umount._where(found) == ""
-    assert "/elsewhere" in umount._where(successor)
+    monkeypatch.setattr(unmounting, "mountinfo", lambda: [successor])
+    monkeypatch.setattr(unmounting, "mounted_elsewhere", lambda: iter([(1, [successor])]))
+    assert unmounting._where(found) == ""
+    assert "/elsewhere" in unmounting._where(successor)
