@@ -13,6 +13,7 @@ import errno
 import logging
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -34,6 +35,8 @@ _SMALL = 64 << 10
 """A file up to this size is read when it is opened …"""
 _SMALL_TOGETHER = 32 << 20
 """… unless this many bytes of a layer's files wait to be read."""
+_AGAIN = 1.0
+"""Seconds in which the kernel has read again what it could not read ahead."""
 _NONE = {errno.ENODATA, errno.EOPNOTSUPP}
 _MOST_VALUES = 32
 """How many attributes are read along with their names."""
@@ -329,7 +332,7 @@ def must_stay_open() -> bool:
 class SlowFile(ReadOnlyFile):
     """An open file of a slow layer. Only threads read its data; ``close`` does not wait."""
 
-    __slots__ = ("_closed", "_content", "_inner", "_layer", "_writing", "owner")
+    __slots__ = ("_closed", "_content", "_failed", "_inner", "_layer", "_writing", "owner")
 
     def __init__(self, layer: SlowLayer, inner: File) -> None:
         """May block."""
@@ -340,6 +343,8 @@ class SlowFile(ReadOnlyFile):
         self._closed = False
         self.owner = 0
         """The user for whom it was opened."""
+        self._failed: tuple[range, float, tuple[Any, ...]] | None = None
+        """Which bytes did not come in time, and when that was known."""
         self._content: bytes | None = None
         """All of a small file, until it has been read to its end."""
         size = self._attr.st_size
@@ -351,7 +356,14 @@ class SlowFile(ReadOnlyFile):
                 layer.take_room(-size)
 
     def pread(self, size: int, offset: int) -> bytes:
-        return self._inner.pread(size, offset)
+        failed = self._failed
+        if failed is not None and offset in failed[0] and time.monotonic() < failed[1] + _AGAIN:
+            raise TimeoutError(*failed[2])  # else the program would wait twice
+        try:
+            return self._inner.pread(size, offset)
+        except TimeoutError as error:
+            self._failed = range(offset, offset + size), time.monotonic(), error.args
+            raise
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
         """Return data that was already read, or is cached; else None. For the main thread."""

@@ -35,8 +35,8 @@ class FsspecFile:
         except Exception as error:
             raise Refused(f"fsspec cannot read it: {_line(error)}", "check the URL, and the login") from None
 
-    def version(self) -> Version:
-        """Return the version of the file. Blocks; Refused, Unreachable."""
+    def version(self, until: float) -> Version:
+        """Return the version of the file. Blocks; Refused, Unreachable. The limits are those of fsspec."""
         try:
             self._fs.invalidate_cache(self._path)
             info: dict[str, Any] = self._fs.info(self._path)
@@ -47,10 +47,7 @@ class FsspecFile:
         marks = tuple((name, str(info[name])) for name in _MARKS if info.get(name) is not None)
         return Version(int(info["size"]), marks)
 
-    def end_overdue(self) -> None:
-        """The limits are those of fsspec."""
-
-    def read(self, start: int, length: int, version: Version) -> bytes:
+    def read(self, start: int, length: int, version: Version, until: float) -> bytes:
         """Return bytes of this version of the file, like :meth:`HttpFile.read`.
 
         Checks the version afterwards, and returns nothing of another version.
@@ -59,7 +56,7 @@ class FsspecFile:
             data: bytes = self._fs.cat_file(self._path, start=start, end=start + length)
         except Exception as error:
             raise _explained(error) from None
-        found = self.version()
+        found = self.version(until)
         if found != version:
             raise changed(version, found)
         if len(data) != length:

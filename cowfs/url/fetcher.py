@@ -46,8 +46,6 @@ _THREADS = 6
 """How many requests are under way at a time."""
 _SILENCE = 15.0
 """Seconds in which a server must send something."""
-_WATCHED = 10.0
-"""Seconds after which is looked for answers that take too long."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 """Seconds between one attempt and the next; each is about twice the one before."""
 _SAID_AFTER = 3.0
@@ -58,11 +56,9 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 class RemoteFile(Protocol):
     """A file on a server."""
 
-    def version(self) -> Version: ...
+    def version(self, until: float) -> Version: ...
 
-    def read(self, start: int, length: int, version: Version) -> bytes: ...
-
-    def end_overdue(self) -> None: ...
+    def read(self, start: int, length: int, version: Version, until: float) -> bytes: ...
 
 
 class _Work(NamedTuple):
@@ -110,11 +106,11 @@ class Worker:
 
     def _open(self, message: Message) -> None:
         asked = message.json()
-        since = time.monotonic()
+        until = time.monotonic() + asked["patience"]
         try:
             self._file = file = self._find(self._url)
             known = Version.of_json(asked["version"]) if asked["version"] else None
-            version = self._with_patience(file.version, since, asked["patience"]) if known is None else known
+            version = known or self._with_patience(lambda: file.version(until + _SILENCE), until)
         except Refused as error:
             return self._failed(message.number, error.why, error.hint)
         except Unreachable as error:
@@ -122,16 +118,10 @@ class Worker:
         except Exception as error:
             return self._failed(message.number, f"{type(error).__name__}: {error}")
         self._version = version
-        threading.Thread(target=self._watch, args=[file], daemon=True).start()
         self._send(pack_json(Kind.OPENED, message.number, version.to_json()))
         for number in range(_THREADS):
             threading.Thread(target=self._fetch_for_ever, name=f"fetches-{number}", daemon=True).start()
         return None
-
-    def _watch(self, file: RemoteFile) -> None:
-        while True:
-            time.sleep(_WATCHED)
-            file.end_overdue()
 
     def _find(self, url: str) -> RemoteFile:
         if url.lower().startswith(("http://", "https://")):
@@ -154,10 +144,10 @@ class Worker:
         message = work.message
         number, start, length = message.number, message.place, message.length & 0x7FFFFFFF
         (patience,) = json.loads(message.rest)
-        file, version = self._file, self._version
+        file, version, until = self._file, self._version, work.since + patience
         assert file is not None and version is not None
         try:
-            data = self._with_patience(lambda: file.read(start, length, version), work.since, patience)
+            data = self._with_patience(lambda: file.read(start, length, version, until), until)
         except Refused as error:
             return self._failed(number, error.why, error.hint, changed=error.changed)
         except Unreachable as error:
@@ -169,8 +159,8 @@ class Worker:
         self._send(pack(Kind.DONE, number))
         return None
 
-    def _with_patience(self, call: Any, since: float, patience: float) -> Any:
-        """Return the result of *call*, retried until it succeeds or *patience* seconds have passed."""
+    def _with_patience(self, call: Any, until: float) -> Any:
+        """Return the result of *call*, retried until it succeeds or it is too late."""
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -179,7 +169,7 @@ class Worker:
                 self._is_away(error.why)
                 now = time.monotonic()
                 wait = max(error.wait, pause * random.uniform(0.5, 1.5))
-                if now + wait > since + patience:
+                if now + wait > until:
                     raise
                 self._pause(wait, at_least=error.wait)
                 pause = min(2 * pause, _LONGEST_PAUSE)

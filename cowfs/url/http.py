@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import re
 import socket
 import ssl
@@ -14,13 +15,17 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
 
 from cowfs.url.protocol import BEGINNING, Refused, Unreachable, Version
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 Login = Callable[[str], tuple[str, str] | None]
 """Return the user and the password for a host, if any are known."""
@@ -56,71 +61,109 @@ class _Moved(Exception):
         self.url = url
 
 
+class _TooSlow(TimeoutError):
+    """The server sends something, but not all of the answer in time."""
+
+
 class _Thread(threading.local):
     """The connection of a thread, and the URL at which it found the file."""
 
     connection: http.client.HTTPConnection | None = None
+    until: float = 0.0
+    """When all of the answer must have come."""
     place: tuple[str, str] = ("", "")
     url = ""
+
+
+class _Timed(io.RawIOBase):
+    """What comes from a socket in time: a timeout of the socket alone begins anew with each byte."""
+
+    def __init__(self, sock: socket.socket, until: Callable[[], float]) -> None:
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+        self._until = until
+        self._has_begun = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        left = self._until() - time.monotonic()
+        if left <= 0:
+            raise _TooSlow
+        if left < (self._sock.gettimeout() or 0):
+            self._sock.settimeout(left)
+        try:
+            got = self._raw.readinto(buffer)
+        except TimeoutError:
+            raise _TooSlow if self._has_begun else TimeoutError from None
+        self._has_begun = True
+        return got
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class HttpFile:
     """A file on a web server. For any thread; each has its own connection."""
 
     def __init__(self, url: str, login: Login, timeout: float) -> None:
-        """*timeout*: the seconds within which the server must send something."""
+        """*timeout*: the seconds within which the server must send something.
+
+        Each method returns, or fails, before *until*, a time of time.monotonic().
+        """
         self._url = url
         self._login = login
         self._timeout = timeout
         self._mine = _Thread()
-        self._under_way: dict[int, tuple[float, http.client.HTTPConnection, socket.socket | None]] = {}
-        """When an answer is overdue, and by what it comes: a connection forgets a socket that is to be closed
-        after the answer."""
         self._tls: ssl.SSLContext | None = None
 
-    def version(self) -> Version:
+    def version(self, until: float) -> Version:
         """Return the version of the file on the server. Blocks; Refused, Unreachable.
 
         If the server sends nothing that identifies a version, the beginning of the file identifies it.
         """
-        version, start = self._ask(0, _START, None)
+        version, start = self._ask(0, _START, None, until)
         return version if version.marks else Version(version.size, ((BEGINNING, sha256(start).hexdigest()),))
 
-    def read(self, start: int, length: int, version: Version) -> bytes:
+    def read(self, start: int, length: int, version: Version, until: float) -> bytes:
         """Return bytes of this version of the file. Blocks. Refused if the file has changed; Unreachable."""
         if version.marks[0][0] != BEGINNING:
-            return self._ask(start, length, version)[1]
-        data = self._ask(start, length, Version(version.size, ()))[1]
-        found = self.version()  # later: so that what was read before is of this one
+            return self._ask(start, length, version, until)[1]
+        data = self._ask(start, length, Version(version.size, ()), until)[1]
+        found = self.version(until)  # later: so that what was read before is of this one
         if found != version:
             raise changed(version, found)
         return data
 
-    def _ask(self, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
+    def _ask(self, start: int, length: int, version: Version | None, until: float) -> tuple[Version, bytes]:
         known = bool(self._mine.url)
         try:
-            return self._follow(start, length, version)
+            return self._follow(start, length, version, until)
         except Refused as error:
             if error.changed or not known:
                 raise
         except Unreachable:
             self._drop()
-            if not known:
+            if not known or time.monotonic() >= until:
                 raise
         # A redirect's target may be gone, or an old connection closed: start again once.
         self._drop()
         try:
-            return self._follow(start, length, version)
+            return self._follow(start, length, version, until)
         except Unreachable:
             self._drop()
             raise
 
-    def _follow(self, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
+    def _follow(
+        self, start: int, length: int, version: Version | None, until: float
+    ) -> tuple[Version, bytes]:
         mine = self._mine
         url = mine.url or self._url
         for _ in range(_MOST_REDIRECTS):
             try:
-                found = self._once(url, start, length, version)
+                found = self._once(url, start, length, version, until)
             except _Moved as moved:
                 url = self._allowed(url, moved.url)
                 continue
@@ -139,15 +182,14 @@ class HttpFile:
             raise Refused(f"leads to {_cut(url)}, which is less secure", "give the final URL")
         return url
 
-    def _once(self, url: str, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
-        me = threading.get_ident()
+    def _once(
+        self, url: str, start: int, length: int, version: Version | None, until: float
+    ) -> tuple[Version, bytes]:
         try:
             connection, target, headers = self._connected(urlsplit(url))
-            deadline = time.monotonic() + _SLOWEST
-            self._under_way[me] = deadline, connection, None
+            self._limit(connection, until)
             headers["Range"] = f"bytes={start}-{start + length - 1}"
             connection.request("GET", target, headers=headers)
-            self._under_way[me] = deadline, connection, connection.sock
             with closing(connection.getresponse()) as answer:
                 found = self._judge(url, answer, start, length, version)
                 data = answer.read(length + 1)  # read no more, even if the server sends more
@@ -158,21 +200,29 @@ class HttpFile:
             ) from None
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(_said(error)) from None
-        finally:
-            self._under_way.pop(me, None)
         if len(data) > length:
             raise Unreachable("the server sends more than was asked for")
         if len(data) != min(length, found.size - start):
             raise Unreachable(f"the answer was cut short: {len(data)} of {length} bytes")
         return found, data
 
-    def end_overdue(self) -> None:
-        """Abort answers that take too long. A thread calls it from time to time."""
+    def _limit(self, connection: http.client.HTTPConnection, until: float) -> None:
+        """Let all that comes next over a connection end before *until*. TimeoutError."""
         now = time.monotonic()
-        for deadline, connection, known in list(self._under_way.values()):
-            if now > deadline and (sock := known or connection.sock) is not None:
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+        if now >= until:
+            raise TimeoutError
+        self._mine.until = min(until, now + _SLOWEST)
+        connection.timeout = min(self._timeout, until - now)
+        if connection.sock is not None:
+            connection.sock.settimeout(connection.timeout)
+
+    def _response(self, sock: socket.socket, *how: object, **more: object) -> http.client.HTTPResponse:
+        """Return an answer that must come in time."""
+        answer = http.client.HTTPResponse(sock, *how, **more)  # type: ignore[arg-type]
+        mine = self._mine
+        answer.fp.close()
+        answer.fp = io.BufferedReader(_Timed(sock, lambda: mine.until))
+        return answer
 
     def _judge(
         self,
@@ -248,6 +298,7 @@ class HttpFile:
         if mine.connection is None or mine.place != (url.scheme, url.netloc):
             self._disconnect()
             mine.connection = self._connect(url, host, proxy)
+            mine.connection.response_class = self._response  # type: ignore[assignment]
             mine.place = (url.scheme, url.netloc)
         return mine.connection, target, headers
 
@@ -317,6 +368,8 @@ def _wait(answer: http.client.HTTPResponse) -> float:
 
 
 def _said(error: Exception) -> str:
+    if isinstance(error, _TooSlow):
+        return "its answer does not come in time"
     if isinstance(error, TimeoutError):
         return "the server does not answer"
     if isinstance(error, http.client.IncompleteRead):

@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 
 _OPENING = 5.0
 """Seconds in which a server must be there when a file is opened."""
-_GRACE = 60.0
+_GRACE = 10.0
 """This many seconds after its own timeout should have expired, the fetching process is given up."""
+_SLOW_OPENING = 15.0
+"""Seconds more in which a server may answer slowly when a file is opened."""
 _LOOK = 0.5
 """Seconds after which is looked whether anybody still waits, and whether it was sent at all."""
 _ONLY_IF_ROOM = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -143,7 +145,7 @@ class Link:
         self._thread = threading.Thread(target=self._receive, name="fetched", daemon=True)
         start(self._thread)
         self._send_opening()
-        if not fetch.wait(_OPENING + _GRACE):
+        if not fetch.wait(_OPENING + _SLOW_OPENING + _GRACE):
             raise LayerError(
                 f"{self.url}: the process that fetches it does not answer", "check the network, and try again"
             )

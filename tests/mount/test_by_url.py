@@ -203,6 +203,20 @@ def test_a_mount_whose_server_hangs_can_be_unmounted(server: FileServer, tmp_pat
         server.behaviour.stalls.clear()
 
 
+def test_who_reads_waits_once(server: FileServer, tmp_path: Path) -> None:
+    """The kernel asks again at once for what it could not read ahead."""
+    mnt = tmp_path / "mnt"
+    with mounted(server.url(), mnt, options=["url_cache=none", "url_wait=1"], quiet=False):
+        with open(mnt / "far-20", "rb", buffering=0) as file:
+            server.behaviour.stalls.set()
+            before = server.served.requests
+            with pytest.raises(TimeoutError):
+                file.read(1)
+            server.behaviour.stalls.clear()
+            assert server.served.requests == before + 1
+        assert len((mnt / "far-20").read_bytes()) == 300_000
+
+
 @pytest.mark.parametrize(
     "kind", ["zip", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("tar", "iso"))]
 )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -301,15 +303,8 @@ def test_an_answer_that_takes_too_long_is_broken_off(
     file = HttpFile(server.url(), lambda _: None, timeout=60)
     version = Version(len(DATA), (("ETag", '"first"'),))
     server.behaviour.stalls.set()
-    thread, results = in_thread(lambda: file.read(0, 10, version))
-
-    def is_over() -> bool:
-        file.end_overdue()
-        return bool(results)
-
-    eventually(is_over, "an end of it")
-    thread.join(10)
-    assert isinstance(results[0], Unreachable)
+    with pytest.raises(Unreachable):
+        file.read(0, 10, version, math.inf)
     server.behaviour.stalls.clear()
 
 
@@ -317,7 +312,7 @@ def test_no_message_repeats_all_that_a_server_says() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         file = HttpFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", lambda _: None, timeout=60)
         for said in (b"\0\xff" * 30_000, b"HTTP/1.1 404 " + b"x" * 60_000):
-            thread, results = in_thread(file.version)
+            thread, results = in_thread(lambda: file.version(math.inf))
             with listener.accept()[0] as connection:
                 connection.recv(65536)
                 connection.sendall(said + b"\r\n\r\n")
@@ -333,17 +328,51 @@ def test_so_is_one_after_which_the_server_closes(monkeypatch: pytest.MonkeyPatch
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         file = HttpFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", lambda _: None, timeout=60)
-        thread, results = in_thread(lambda: file.read(0, 10, Version(100, (("ETag", '"first"'),))))
+        version = Version(100, (("ETag", '"first"'),))
+        thread, results = in_thread(lambda: file.read(0, 10, version, math.inf))
         with listener.accept()[0] as connection:
             connection.recv(65536)
             connection.sendall(head)
+            thread.join(10)
+    assert isinstance(results[0], Unreachable)
 
-            def is_over() -> bool:
-                file.end_overdue()
-                return bool(results)
 
-            eventually(is_over, "an end of it")
-    thread.join(10)
+HEAD = (
+    b'HTTP/1.1 206 Partial Content\r\nETag: "first"\r\n'
+    b"Content-Range: bytes 0-999999/1000000\r\nContent-Length: 1000000\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said", "slowly"),
+    [
+        *(("https", b"", b""), ("https", b"\x16\x03\x03\x40\x00", b"x")),
+        *(("http", b"", b""), ("http", HEAD, b""), ("http", b"HTTP", b"x"), ("http", HEAD[:30], b"x")),
+        *(("http", HEAD[:-2], b"X: y\r\n"), ("http", HEAD, b"x")),
+        ("http", b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+def test_a_read_ends_in_time_whatever_comes(scheme: str, said: bytes, slowly: bytes) -> None:
+    """The connection, TLS, the head and the body may all stall, or come a byte at a time."""
+    over = threading.Event()
+
+    def send(listener: socket.socket) -> None:
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.sendall(said)
+            while not over.wait(0.01):
+                connection.sendall(slowly)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/x"
+        file = HttpFile(url, lambda _: None, timeout=60)
+        version, until = Version(1_000_000, (("ETag", '"first"'),)), time.monotonic() + 0.5
+        sender = threading.Thread(target=send, args=[listener])
+        sender.start()
+        thread, results = in_thread(lambda: file.read(0, 1_000_000, version, until))
+        thread.join(10)
+        over.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        sender.join(10)
     assert isinstance(results[0], Unreachable)
 
 
@@ -357,7 +386,7 @@ def test_an_address_of_ipv6_needs_no_port(scheme: str, port: int, monkeypatch: p
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(Unreachable, match="refused"):
-        HttpFile(f"{scheme}://[::1]/x", lambda _: None, timeout=1).version()
+        HttpFile(f"{scheme}://[::1]/x", lambda _: None, timeout=1).version(math.inf)
     assert set(reached) == {("::1", port)}
 
 
@@ -377,7 +406,8 @@ def test_a_server_says_when_to_ask_again(said: str, wait: int) -> None:
     head = f"HTTP/1.0 503 Later\r\nRetry-After: {said}\r\n\r\n"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}//a//x?y=/z"
-        thread, results = in_thread(HttpFile(url, lambda _: None, timeout=60).version)
+        file = HttpFile(url, lambda _: None, timeout=60)
+        thread, results = in_thread(lambda: file.version(math.inf))
         with listener.accept()[0] as connection:
             asked = connection.recv(65536)
             connection.sendall(head.encode())
@@ -392,7 +422,7 @@ def test_a_part_of_an_unknown_whole_is_refused_as_such(said: str) -> None:
     head = f"HTTP/1.1 206 Partial Content\r\nConnection: close\r\n{said}Content-Length: 10\r\n\r\n1234567890"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         file = HttpFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", lambda _: None, timeout=60)
-        thread, results = in_thread(file.version)
+        thread, results = in_thread(lambda: file.version(math.inf))
         with listener.accept()[0] as connection:
             connection.recv(65536)
             connection.sendall(head.encode())
