@@ -232,6 +232,18 @@ def test_a_directory_that_is_only_ever_searched(
     assert layer.lookup(directory, b"zzz") is None
 
 
+def test_names_in_order_are_searched_without_reading_the_index_for_each(
+    large: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cowfs.formats.squashfs.image._INDEX_TO", 1000)
+    layer = opened(large)
+    directory, asked = find(layer, b"large"), 1000
+    before = sum(layer.caches()["squashfs metadata"])
+    for number in range(asked):
+        assert layer.lookup(directory, b"some-name-%08d" % (number * 3)) is not None
+    assert sum(layer.caches()["squashfs metadata"]) - before < 3 * asked
+
+
 def test_what_is_no_directory_and_what_is_no_file(image: Path, opened: Open) -> None:
     layer = opened(image)
     file, link, directory = (find(layer, name) for name in (b"small", b"link", b"dir"))

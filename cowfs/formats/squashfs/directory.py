@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import errno
 import struct
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.inodes import FORMATS, Inode
 from cowfs.formats.squashfs.metadata import BLOCK, Place, Table
 
@@ -36,6 +39,11 @@ NOT_STORED = 3
 
 _MORE = 512
 """How many more bytes than stated are read first, if the listing continues after its stated end."""
+_INDEXES, _PARTS = 50_000, 40_000
+"""The most entries of indexes, and of parts of listings, that are cached (about 150 bytes each)."""
+_LONGEST_PART = 8 * BLOCK
+"""The longest part of a listing that is cached, in bytes. mksquashfs makes an index entry for each block."""
+
 _TYPE = 7
 """The bits of a value that are the type."""
 _EXTENDED = 7
@@ -75,6 +83,17 @@ class Found(NamedTuple):
 
     value: int | None
     """A value of a :class:`Listing`; None if the name does not exist."""
+
+
+class _Index(NamedTuple):
+    """The index of a large directory: one element for the start of the listing, and one for each entry."""
+
+    names: list[bytes]
+    """The first name of each part of the listing; b"" for the first part, whose name the index lacks."""
+    begins: array[int]
+    """The offset of each part in the listing, and last the end of the listing."""
+    blocks: array[int]
+    """The metadata block in which each part begins."""
 
 
 Fill = Callable[[Listing, bytes, int], None]
@@ -192,13 +211,15 @@ def search(data: bytes, name: bytes, first: bytes = b"") -> Found | None:
 class DirectoryTable:
     """The directory table of an image, and the indexes in its inode table."""
 
-    __slots__ = ("_fill", "_inodes", "_table")
+    __slots__ = ("_fill", "_indexes", "_inodes", "_parts", "_table")
 
     def __init__(self, table: Table, inodes: Table, fill: Fill | None = None) -> None:
         """*fill*: see :func:`parse`."""
         self._fill = fill
         self._table = table
         self._inodes = inodes
+        self._indexes: GenerationCache[int, _Index] = GenerationCache(_INDEXES, lambda one: len(one.names))
+        self._parts: GenerationCache[tuple[int, int], Listing] = GenerationCache(_PARTS, len)
 
     def read(self, inode: Inode) -> Listing:
         """Return all entries of the directory *inode*. May block. EIO; EFBIG over :data:`LISTING_MAX`."""
@@ -233,9 +254,14 @@ class DirectoryTable:
         window = 2 * BLOCK
         place = Place(inode.start, inode.offset)
         try:
-            begin, block, first = self._indexed(inode, name)
+            index = self._index(inode)
+            number = bisect_right(index.names, name) - 1
+            part = self._part(inode, index, number)
+            if part is not None:
+                return Found(part.get(name))
+            begin, first = index.begins[number], index.names[number]
             if begin:
-                place = Place(block, (place.offset + begin) % BLOCK)
+                place = Place(index.blocks[number], (place.offset + begin) % BLOCK)
                 left -= begin
             # An index entry leads to the right metadata block, so the first window is nearly always enough.
             while left > 0 and window <= LISTING_MAX:
@@ -254,20 +280,53 @@ class DirectoryTable:
             return None
         return None
 
-    def _indexed(self, inode: Inode, name: bytes) -> tuple[int, int, bytes]:
-        """Return the last index entry not after *name*: offset in the listing, metadata block, name."""
-        best = (0, inode.start, b"")
+    def shrink(self) -> None:
+        """Free the caches."""
+        self._indexes.clear()
+        self._parts.clear()
+
+    def _part(self, inode: Inode, index: _Index, number: int) -> Listing | None:
+        """Return all entries from index entry *number* to the next; None if they must be searched instead:
+        they are many, or not as they should be."""
+        part = self._parts.get((inode.ref, number))
+        if part is not None:
+            return part
+        begin, end = index.begins[number], index.begins[number + 1]
+        if not 0 < end - begin <= _LONGEST_PART:
+            return None
+        place = Place(index.blocks[number], (inode.offset + begin) % BLOCK)
+        data, _ = self._table.upto(place, end - begin)
+        part = parse(data, end - begin, ended=False)
+        if not part or part.problem:
+            return None
+        names, last = list(part), number + 1 == len(index.names)
+        is_as_indexed = names[:1] == index.names[number : number + 1] or number == 0
+        if not is_as_indexed or names != sorted(names) or not (last or names[-1] < index.names[number + 1]):
+            return None
+        self._parts.put((inode.ref, number), part)
+        return part
+
+    def _index(self, inode: Inode) -> _Index:
+        """Return the index of a directory. OSError if it is damaged."""
+        index = self._indexes.get(inode.ref)
+        if index is not None:
+            return index
+        index = _Index([b""], array("Q", [0]), array("Q", [inode.start]))
         at = inode.body(self._inodes)
         for _ in range(inode.index_count):
             raw, at = self._inodes.advance(at, _INDEX.size)
             offset, block, length = _INDEX.unpack(raw)
-            if length >= _LONGEST_NAME or offset >= inode.size:
+            if length >= _LONGEST_NAME or not index.begins[-1] <= offset < inode.size - NOT_STORED:
                 raise _Unsorted
             entry, at = self._inodes.advance(at, length + 1)
-            if entry > name:
-                break
-            best = (offset, block, entry)
-        return best
+            if entry <= index.names[-1]:
+                raise _Unsorted
+            index.names.append(entry)
+            index.begins.append(offset)
+            index.blocks.append(block)
+        index.begins.append(inode.size - NOT_STORED)
+        self._indexes.put(inode.ref, index)
+        return index
 
 
 def type_of(value: int) -> int:

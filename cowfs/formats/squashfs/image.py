@@ -244,6 +244,7 @@ class Image:
         self._metadata.shrink()
         self._blocks.shrink()
         self._listings.clear()
+        self._directories.shrink()
         if self.xattrs is not None:
             self.xattrs.shrink()
 
