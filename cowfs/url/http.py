@@ -42,6 +42,8 @@ _WHOLE = re.compile(r"bytes \*/(\d{1,18})")
 _MARKS = ("ETag", "Last-Modified")
 _START = 4096
 _LONGEST_WAIT = 60.0
+_LONGEST_HEAD = 64 << 10
+"""Bytes of the head of an answer, with everything that comes before it."""
 _SLOWEST = 120.0
 """Seconds in which all of an answer must have come."""
 _KEPT = "%/:?#[]@!$&'()*+,;=~"
@@ -65,6 +67,10 @@ class _TooSlow(TimeoutError):
     """The server sends something, but not all of the answer in time."""
 
 
+class _LongHead(http.client.HTTPException):
+    """The server sends more before the body than any head has: 100 Continue without end, perhaps."""
+
+
 class _Thread(threading.local):
     """The connection of a thread, and the URL at which it found the file."""
 
@@ -83,6 +89,8 @@ class _Timed(io.RawIOBase):
         self._raw = sock.makefile("rb", buffering=0)
         self._until = until
         self._has_begun = False
+        self.head_left: int | None = _LONGEST_HEAD
+        """How many more bytes may come before the body; None once the head is complete."""
 
     def readable(self) -> bool:
         return True
@@ -91,6 +99,8 @@ class _Timed(io.RawIOBase):
         left = self._until() - time.monotonic()
         if left <= 0:
             raise _TooSlow
+        if self.head_left is not None and self.head_left <= 0:
+            raise _LongHead
         if left < (self._sock.gettimeout() or 0):
             self._sock.settimeout(left)
         try:
@@ -98,11 +108,28 @@ class _Timed(io.RawIOBase):
         except TimeoutError:
             raise _TooSlow if self._has_begun else TimeoutError from None
         self._has_begun = True
+        if self.head_left is not None:
+            self.head_left -= got or 0
         return got
 
     def close(self) -> None:
         self._raw.close()
         super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that must come in time, and with a head of limited length."""
+
+    def __init__(self, until: Callable[[], float], sock: socket.socket, *how: object, **more: object) -> None:
+        super().__init__(sock, *how, **more)  # type: ignore[arg-type]
+        self.fp.close()
+        self._timed = _Timed(sock, until)
+        self.fp = io.BufferedReader(self._timed)
+
+    def begin(self) -> None:
+        """Read the head. HTTPException, OSError."""
+        super().begin()
+        self._timed.head_left = None
 
 
 class HttpFile:
@@ -218,11 +245,8 @@ class HttpFile:
 
     def _response(self, sock: socket.socket, *how: object, **more: object) -> http.client.HTTPResponse:
         """Return an answer that must come in time."""
-        answer = http.client.HTTPResponse(sock, *how, **more)  # type: ignore[arg-type]
         mine = self._mine
-        answer.fp.close()
-        answer.fp = io.BufferedReader(_Timed(sock, lambda: mine.until))
-        return answer
+        return _Answer(lambda: mine.until, sock, *how, **more)
 
     def _judge(
         self,
@@ -370,6 +394,8 @@ def _wait(answer: http.client.HTTPResponse) -> float:
 def _said(error: Exception) -> str:
     if isinstance(error, _TooSlow):
         return "its answer does not come in time"
+    if isinstance(error, _LongHead):
+        return f"the head of its answer has more than {_LONGEST_HEAD >> 10} KiB"
     if isinstance(error, TimeoutError):
         return "the server does not answer"
     if isinstance(error, http.client.IncompleteRead):

@@ -376,6 +376,22 @@ def test_a_read_ends_in_time_whatever_comes(scheme: str, said: bytes, slowly: by
     assert isinstance(results[0], Unreachable)
 
 
+def test_a_head_without_end_is_not_read_for_long() -> None:
+    """It would keep a processor busy until the time is over."""
+
+    def send(listener: socket.socket) -> None:
+        with suppress(OSError), listener.accept()[0] as connection:
+            while True:
+                connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        (sender := threading.Thread(target=send, args=[listener])).start()
+        file = HttpFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", lambda _: None, timeout=60)
+        with pytest.raises(Unreachable, match="head of its answer has more than 64 KiB"):
+            file.version(time.monotonic() + 20)
+        sender.join(10)
+
+
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
 def test_an_address_of_ipv6_needs_no_port(scheme: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
