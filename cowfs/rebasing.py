@@ -18,7 +18,7 @@ from cowfs.changes.upper_maker import UpperMaker
 from cowfs.changes.version import Tree
 from cowfs.client import mount_with_store
 from cowfs.errors import StoreError, UsageError
-from cowfs.exports.entries import feed
+from cowfs.exports.entries import Withheld, feed
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, everything
 from cowfs.exports.target import must_be_elsewhere, must_be_possible, new_directory
@@ -40,6 +40,8 @@ from cowfs.store.format.header import Header, bound, check_lowers
 from cowfs.store.served.open import open_store
 from cowfs.store.served.store import Store
 from cowfs.types import Identity
+from cowfs.url.names import place
+from cowfs.url.trust import forbidden
 
 
 @dataclass(slots=True)
@@ -87,6 +89,9 @@ class _Work:
     new: list[LowerLayer]
     result: Rebased
     tick: Callable[[bytes], None]
+    sources: list[str]
+    """The store and all lowers, as the user gave them or as the store records them."""
+    warn: Tell = lambda _: None
     sides: list[_Sides] = field(default_factory=list)
     made: dict[int, LowerLayer] = field(default_factory=dict)
     """By the number of the layer that it stands for."""
@@ -128,6 +133,7 @@ def rebase(
         result.new = _identities(new, opened)
         _refuse(opened, new)
         work = _open(opened, (before, new), result, tick, stack)
+        work.warn = tell
         expect(functools.partial(count_names, opened.layer, opened.upper))
         if dry_run:
             for step in steps(opened.layers, opened.upper):
@@ -135,7 +141,7 @@ def rebase(
                 imagined = ImaginedUpper(opened.layer, root, work.xattrs)
                 _walk(work, step, imagined, imagined)
             if conflicts and result.conflicts:
-                _write_conflicts(work.sides, conflicts)
+                _write_conflicts(work, conflicts)
         else:
             try:
                 _switch(work, conflicts)
@@ -211,7 +217,8 @@ def _open(
         for layer in opened[-1]:
             stack.callback(layer.close)
         opened[-1] = as_in_store(opened[-1], [low.kind for low in known], store.header.owners)
-    return _Work(store, XattrFormat(store.xattr_prefix), opened[0], opened[1], result, tick)
+    sources = [place(path) for path in (store.path, *(lowers[0].given or ()), *(lowers[1].given or ()))]
+    return _Work(store, XattrFormat(store.xattr_prefix), opened[0], opened[1], result, tick, sources)
 
 
 def _sides(work: _Work, step: Step) -> _Sides:
@@ -265,7 +272,7 @@ def _switch(work: _Work, conflicts: str) -> None:
     try:
         new = _make(work, plan)
         if conflicts and work.result.conflicts:
-            _write_conflicts(work.sides, conflicts)
+            _write_conflicts(work, conflicts)
         rebased.announce(store.layer, new.key, wanted, first)
         store.layer.sync()
     except BaseException:
@@ -329,18 +336,23 @@ def _complete(store: Store, wanted: Header) -> None:
 # --- what is in conflict, to look at
 
 
-def _write_conflicts(found: Sequence[_Sides], target: str) -> None:
+def _write_conflicts(work: _Work, target: str) -> None:
     """Make a directory with three trees: what each of the old, the new and the changed has of it.
 
-    Of the changes of a checkpoint it is one below ``checkpoints``.
+    Of the changes of a checkpoint it is one below ``checkpoints``. If other users can change the store or a
+    root, it has no set-ID bits and no devices: these would be this user's.
     """
+    withheld = forbidden(work.sources, (0, os.geteuid()))
+    losses = Losses()
     with new_directory(target, force=True) as top:
-        for sides in found:
+        for sides in work.sides:
             conflicts = [one for one in sides.told if one.kind == "conflict"]
             if not conflicts:
                 continue
             with _below(top, *(("checkpoints", sides.place) if sides.checkpoint else ())) as fd:
-                _write_versions(sides, conflicts, fd)
+                _write_versions(sides, conflicts, fd, losses, withheld)
+    for text in losses:
+        work.warn(f"{target}: {text}")
 
 
 @contextmanager
@@ -357,19 +369,20 @@ def _below(top: int, *path: str) -> Iterator[int]:
         yield fd
 
 
-def _write_versions(sides: _Sides, found: Sequence[Outcome], place: int) -> None:
+def _write_versions(
+    sides: _Sides, found: Sequence[Outcome], place: int, losses: Losses, withheld: Withheld
+) -> None:
     trees: list[tuple[str, Tree, bool]] = [
         ("old", Merged(sides.old), True),
         ("new", Merged(sides.new), True),
         ("changed", sides.after, False),
     ]
-    losses = Losses()
     for name, tree, is_below in trees:
         with _below(place, name) as fd:
             paths = sorted({one.base if is_below else one.path for one in found})
             upper = Upper(fd, losses, lambda *_: None, whole=True)
             try:
-                feed(_chosen(tree, paths), tree, upper, losses, lambda *_: None, None)
+                feed(_chosen(tree, paths), tree, upper, losses, lambda *_: None, None, withheld)
             finally:
                 upper.close()
 

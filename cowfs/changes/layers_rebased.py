@@ -34,8 +34,11 @@ def steps(layers: Layers, upper: Key) -> list[Step]:
     known = layers.all()
     wanted: dict[int, tuple[int, ...]] = {UPPER: layers.below(upper)}
     for one in known.values():
-        if one.name:
-            wanted[one.number] = one.below
+        if not one.name:
+            continue
+        wanted[one.number] = one.below
+        if any(number not in known for number in one.below):
+            layers.under(one)  # says which one is missing
     for below in list(wanted.values()):
         for number in below:
             wanted[number] = known[number].below
@@ -45,7 +48,7 @@ def steps(layers: Layers, upper: Key) -> list[Step]:
             standing[number] = standing.get(number, 0) + 1
 
     def joins(number: int) -> bool:
-        return not known[number].name and standing[number] == 1
+        return not known[number].name and standing.get(number) == 1
 
     def made() -> Iterator[Step]:
         for number, below in wanted.items():

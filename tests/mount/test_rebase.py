@@ -96,6 +96,23 @@ def test_a_users_store(nobody_path: Path, fakeroot: bool) -> None:
 
 
 @needs_root
+def test_a_store_without_a_layer_of_a_checkpoint(tmp_path: Path) -> None:
+    """Only the checkpoint that nothing else is above needs it, so the store can be used otherwise."""
+    old, store = tmp_path / "old", tmp_path / "store"
+    old.mkdir()
+    with mounted(old, tmp_path / "mnt", store) as here:
+        for name in ("one", "two"):
+            (here.path / name).touch()
+            cowfs("checkpoint", here.path, name, check=True)
+        cowfs("rollback", here.path, "one", check=True)
+    os.setxattr(store / "cowfs/layers/2", "trusted.overlay.cowfs.below", b"7")
+    done = cowfs("rebase", store, "--onto", old)
+    assert done.returncode == 32
+    assert "an incomplete store: cowfs/layers/7 is missing" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@needs_root
 def test_what_is_refused(tmp_path: Path) -> None:
     script(OLD, tmp_path)
     old, new, store = tmp_path / "old", tmp_path / "new", tmp_path / "store.bs"

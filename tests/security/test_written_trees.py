@@ -197,6 +197,24 @@ def test_a_store_of_another_user_gives_nobody_rights(made: Path, nobody_path: Pa
             assert (top / tree / "shared").stat().st_mode & 0o7777 == 0o2775
 
 
+def test_conflicts_of_another_users_store_give_nobody_rights(made: Path, nobody_path: Path) -> None:
+    """A rebase writes them to look at; root would have made them."""
+    store, new = nobody_path / "store.bs", made / "newer"
+    shutil.copytree(made / "lower", new, dirs_exist_ok=True)
+    (new / "program").write_bytes(PROGRAM * 2)
+    for uid, mode in ((0, 0o4755), (NOBODY, 0o755)):
+        shutil.copy(made / "store.bs", store if uid else made / "own.bs")
+        os.chown(store if uid else made / "own.bs", uid, uid)
+        look = made / f"look{uid}"
+        done = cowfs(
+            *("rebase", store if uid else made / "own.bs", "--from", made / "lower", "--onto", new),
+            *("--conflicts", look, "--force-lower"),
+        )
+        assert done.returncode == 65, done
+        assert ("set-ID bits and capabilities, because" in done.stderr) == bool(uid), done.stderr
+        assert (look / "changed/program").stat().st_mode & 0o7777 == mode
+
+
 def test_an_export_is_where_it_was_to_be(made: Path, nobody_path: Path, monkeypatch: Any) -> None:
     """The owner of the place puts a link in place of the directory that was made."""
     outside = made / "elsewhere"
