@@ -115,6 +115,8 @@ class OfflineChanges:
         stack.callback(store.close)
         given, offsets, data_only = lowers.given, lowers.offsets, lowers.data_only
         styles = styles_of(store.header.lowers, given)
+        self.has_own_numbers = bool(store.header.owners)
+        """Whether its owners are those of a user namespace."""
         found: Sequence[Identity] = store.header.lowers
         if given is None:
             given, offsets, data_only = recorded_lowers(path, found, offsets)

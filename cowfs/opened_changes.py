@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cowfs.changes.version import Tree, Version
 from cowfs.client import find_mount, must_take_requests
-from cowfs.errors import UsageError
+from cowfs.errors import StoreError, UsageError
 from cowfs.mounted_changes import MountedChanges
 from cowfs.offline_changes import Lowers, OfflineChanges, Tell, must_be_there
 from cowfs.types import Change
@@ -108,7 +108,16 @@ def open_changes(
         if what == "memory":
             raise UsageError("a store in memory can only be reached through its mount", "give the mountpoint")
         must_be_there(what)
-        yield OfflineChanges(what, lowers, stack, tell, (since, until))
+        changes = OfflineChanges(what, lowers, stack, tell, (since, until))
+        try:
+            yield changes
+        except PermissionError as error:
+            if error.filename is not None or not changes.has_own_numbers:
+                raise
+            raise StoreError(
+                f"{what}: has files of subordinate users, which you may not read",
+                "run this with their rights: unshare --map-root-user --map-auto cowfs ...",
+            ) from None
 
 
 def _once(tell: Tell) -> Tell:

@@ -13,8 +13,8 @@ from perf import debian
 from tests.boot.images import BUSYBOX
 from tests.mount.test_sandbox import FAILED, made, with_programs
 from tests.support.commits import one_run_at_a_time  # noqa: F401 - a fixture for all
-from tests.support.mounts import cowfs, project_root
-from tests.support.system import makes_user_namespaces, needs_fuse, needs_root, run
+from tests.support.mounts import COWFS, cowfs, project_root
+from tests.support.system import as_nobody_prefix, makes_user_namespaces, needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_fuse, needs_root]
@@ -145,6 +145,24 @@ def test_with_subordinate_users_the_owners_of_others_stay(nobody_path: Path) -> 
             "log": (65534, 4), "g": (65534, 4), "r": (0, 0), "new": (165533, 100006),
         }  # fmt: skip
         assert (top / "own/log").read_text() == "1\n2\n"
+
+
+@pytest.mark.usefixtures("many")
+def test_a_store_with_files_of_subordinate_users_says_who_may_read_it(nobody_path: Path) -> None:
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    root, kept = made(nobody_path / "root"), nobody_path / "kept"
+    script = "mkdir -m 700 private; touch private/file; chown 7:7 private"
+    with with_programs(root):
+        done = cowfs("run", "--root", root, "--store", kept, "--", "sh", "-euc", script, nobody=True)
+        assert done.returncode == 0, done.stderr
+    done = cowfs("diff", kept, nobody=True)
+    advice = "run this with their rights: unshare --map-root-user --map-auto cowfs ..."
+    assert done.returncode and done.stderr == (
+        f"cowfs: {kept}: has files of subordinate users, which you may not read ({advice})\n"
+    )
+    with_their_rights = (*as_nobody_prefix(), "unshare", "--map-root-user", "--map-auto", *COWFS)
+    assert "A  private/file\n" in run(*with_their_rights, "diff", kept).stdout
 
 
 def of_others(path: Path) -> list[str]:
