@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import Tally, note, progress_line, say, shares, warn
+from cowfs.cli.output import Tally, note, progress_line, say, shares
 from cowfs.client import find_mount
-from cowfs.errors import StoreError, SystemFailure
+from cowfs.errors import StoreError
 
 if TYPE_CHECKING:
     from cowfs.store.offline.check import Report
 
 NAME = "check"
-FSCK_USAGE = 16
+FSCK_OPERATIONAL, FSCK_USAGE = 8, 16  # of fsck(8)
 
 _DESCRIPTION = """\
 Check a store that is not mounted. First e2fsck checks its filesystem, and repairs what is safe to repair
@@ -42,38 +42,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-y", "--repair-all", action="store_true", help="repair all that e2fsck can, even if files get lost"
     )
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
-    parser.set_defaults(run=run)
-
-    def error(message: str) -> NoReturn:
-        warn(f"{message} (see `{parser.prog} --help`)")
-        raise SystemExit(FSCK_USAGE)
-
-    parser.error = error  # type: ignore[method-assign]  # fsck(8): 1 would mean that errors were corrected
+    # Those of fsck(8), where 1 means that errors were corrected.
+    parser.set_defaults(run=run, usage_code=FSCK_USAGE, failure_code=FSCK_OPERATIONAL)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the store; return the exit code of fsck(8)."""
-    from cowfs.store.e2fsprogs.tools import FSCK_OPERATIONAL
     from cowfs.store.format.sniff import split_subdir
     from cowfs.store.offline.check import Listener, check_store
 
     if find_mount(args.store) is not None:
-        warn(f"{args.store}: is a mountpoint, not a store (unmount it, then check its store)")
-        return FSCK_OPERATIONAL
-    try:
-        with progress_line() as show:
-            tally = Tally(show, "names")
-            listener = Listener(_ignored if args.json else note, shares(show), tally.add)
-            report = check_store(
-                split_subdir(args.store)[0],
-                read_only=args.no_changes,
-                repair_all=args.repair_all,
-                listener=listener,
-            )
-        return (_show_json if args.json else _show)(args.store, report)
-    except (StoreError, SystemFailure) as error:
-        warn(str(error))
-        return FSCK_OPERATIONAL
+        raise StoreError(f"{args.store}: is a mountpoint, not a store", "unmount it, then check its store")
+    with progress_line() as show:
+        tally = Tally(show, "names")
+        listener = Listener(_ignored if args.json else note, shares(show), tally.add)
+        report = check_store(
+            split_subdir(args.store)[0],
+            read_only=args.no_changes,
+            repair_all=args.repair_all,
+            listener=listener,
+        )
+    return (_show_json if args.json else _show)(args.store, report)
 
 
 def _ignored(_: str) -> None:

@@ -1,4 +1,4 @@
-"""Report limits of the system that are too low: files, threads, memory."""
+"""Explain errors of the system, above all limits that are too low: files, threads, memory."""
 
 from __future__ import annotations
 
@@ -43,6 +43,30 @@ def explain_shortage(error: BaseException) -> SystemFailure | None:
             "out of memory", "raise the limit of memory (ulimit -v and -d, MemoryMax= in a unit)"
         )
     return None
+
+
+def explain(error: BaseException) -> SystemFailure | None:
+    """Return the message for an error of the system, or of a limit; None for any other."""
+    failure = explain_shortage(error)
+    if failure is not None or not isinstance(error, OSError):
+        return failure
+    if error.filename is None and _is_astray():
+        return SystemFailure(
+            "the current directory has been removed", "change to another one, or give absolute paths"
+        )
+    is_named = isinstance(error.filename, (str, bytes))  # it may be the number of a descriptor
+    where = os.fsdecode(error.filename) + ": " if is_named else ""
+    return SystemFailure(
+        f"{where}{error.strerror or error}", "is /proc mounted?" if where.startswith("/proc/self/") else ""
+    )
+
+
+def _is_astray() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def must_have_address_space() -> None:

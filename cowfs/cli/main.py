@@ -16,9 +16,9 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 import cowfs
-from cowfs.cli.limits import explain_shortage
+from cowfs.cli.limits import explain
 from cowfs.cli.output import be_quiet, open_streams, warn
-from cowfs.errors import EXIT_MOUNT, EXIT_SYSTEM, EXIT_USAGE, CowfsError, UsageError
+from cowfs.errors import EXIT_MOUNT, EXIT_USAGE, CowfsError, UsageError
 from cowfs.linux.programs import clean_own_environment
 from cowfs.linux.signals import ignore_keyboard_interrupts, raise_keyboard_interrupts
 
@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         warn(f"{message} (see `{self.prog} --help`)")
-        raise SystemExit(EXIT_USAGE)
+        raise SystemExit(self.get_default("usage_code") or EXIT_USAGE)
 
 
 class _Version(argparse.Action):
@@ -162,8 +162,10 @@ def _run(args: list[str]) -> int:
     elif first is not None and first.startswith("-") and len(args) > 1:
         args = _after_subcommand(args)
         first = args[0]
+    if first == "lower":
+        _refuse_lower(args)
     if first is not None and not first.startswith("-") and first not in SUBCOMMANDS:
-        _refuse_misspelt(first)
+        _refuse_misspelt(args)
         args.insert(0, "mount")  # cowfs LOWER MOUNTPOINT -o ...
         first = "mount"
     command: list[str] = []
@@ -190,8 +192,11 @@ def _run(args: list[str]) -> int:
     try:
         with opened(parsed):
             return int(parsed.run(parsed))
-    except CowfsError as error:
-        if parsed.subcommand == "mount" and error.exit_code == EXIT_MOUNT:
+    except (CowfsError, OSError) as error:
+        if hasattr(parsed, "failure_code") and not isinstance(error, BrokenPipeError):
+            warn(str(explain(error) or error))
+            return int(parsed.usage_code if isinstance(error, UsageError) else parsed.failure_code)
+        if parsed.subcommand == "mount" and isinstance(error, CowfsError) and error.exit_code == EXIT_MOUNT:
             from cowfs.cli.absent import is_tolerated
 
             if is_tolerated(parsed):
@@ -201,9 +206,12 @@ def _run(args: list[str]) -> int:
 
 def _refuse_unknown(unknown: list[str], given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Exit with a usage error for arguments that a command does not have."""
+    if "" in unknown:
+        parser.error("an empty argument was given: is a shell variable unset?")
     option = unknown[0].partition("=")[0]
-    known = [word for action in parser._actions for word in action.option_strings]
-    near = difflib.get_close_matches(option, known, n=1) if option.startswith("--") else []
+    known = [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
+    near = difflib.get_close_matches(option, known, n=1, cutoff=0.75) if option.startswith("--") else []
+    near = near or [word for word in known if option[1:] in {word[-len(option) + 1 :], word[1 : len(option)]}]
     if near:
         parser.error(f"unknown option {option}; did you mean {near[0]}?")
     if given.subcommand == "mount" and len(unknown) == 1 and not option.startswith("-"):
@@ -230,14 +238,27 @@ def _after_subcommand(args: list[str]) -> list[str]:
     raise UsageError(f"{args[0]}: no subcommand before it", hint)
 
 
-def _refuse_misspelt(word: str) -> None:
-    """UsageError for a word that resembles a subcommand and is not the name of a file or directory."""
+def _refuse_misspelt(args: list[str]) -> None:
+    """UsageError if the first word is no lower but resembles a subcommand, or is followed by one."""
+    word = args[0]
+    if os.path.lexists(word) and args[1:2] and args[1] in SUBCOMMANDS and not os.path.lexists(args[1]):
+        raise UsageError(
+            f"{args[1]}: the subcommand comes first", f"cowfs {args[1]} {' '.join([word, *args[2:]])}"
+        )
     if os.path.lexists(word) or not word.replace("-", "").isalpha():
         return
     near = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
     if near:
         raise UsageError(f"unknown subcommand {word!r}; did you mean {near[0]!r}?")
     raise UsageError(f"{word!r} is neither a subcommand nor an existing lower", "see `cowfs --help`")
+
+
+def _refuse_lower(args: list[str]) -> None:
+    """UsageError for `cowfs lower` of a user who means a lower of this name, or mistypes what follows."""
+    if args[1:] and args[1][:1] != "-" and args[1] not in {"add", "remove"}:
+        is_there = os.path.lexists(args[0])
+        hint = "write ./lower for a lower of this name" if is_there else "see `cowfs lower --help`"
+        raise UsageError(f"lower: {args[1]!r} is neither add nor remove", hint)
 
 
 def _are_paths(words: Sequence[str]) -> bool:
@@ -264,31 +285,14 @@ def guarded(call: object) -> int:
         print("cowfs: interrupted", file=sys.stderr)
         return 130
     except (OSError, RuntimeError, MemoryError, ImportError, BaseExceptionGroup) as error:
-        failure = explain_shortage(error)
-        if failure is not None:
-            warn(str(failure))
-            return failure.exit_code
         if isinstance(error.__cause__, KeyboardInterrupt):  # in a __set_name__(), up to Python 3.11
             print("cowfs: interrupted", file=sys.stderr)
             return 130
-        if not isinstance(error, OSError):
+        failure = explain(error)
+        if failure is None:
             raise
-        if error.filename is None and _is_astray():
-            warn("the current directory has been removed (change to another one, or give absolute paths)")
-            return EXIT_SYSTEM
-        is_named = isinstance(error.filename, (str, bytes))  # it may be the number of a descriptor
-        where = os.fsdecode(error.filename) + ": " if is_named else ""
-        hint = " (is /proc mounted?)" if where.startswith("/proc/self/") else ""
-        warn(f"{where}{error.strerror or error}{hint}")
-        return EXIT_SYSTEM
-
-
-def _is_astray() -> bool:
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return True
-    return False
+        warn(str(failure))
+        return failure.exit_code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+import re
 import stat
 import sys
 import time
@@ -55,6 +56,7 @@ def printable_lines(data: bytes) -> bytes:
 
 def warn(text: str) -> None:
     """Print one line to standard error. If nobody can read it (its disk is full), the exit code remains."""
+    text = re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", text)  # repr() of a byte that is not UTF-8
     try:
         _clear_progress()
         print(f"cowfs: {printable(text)}", file=sys.stderr, flush=True)

@@ -62,6 +62,18 @@ EMPTY, UNSET = "an empty argument was given for", ": is a shell variable unset?"
         (["mount", "/usr", "/mnt", "--store="], f"{EMPTY} --store{UNSET} (see `cowfs mount --help`)"),
         (["umount", ""], f"{EMPTY} MOUNTPOINT{UNSET} (see `cowfs umount --help`)"),
         (["grow", "", "1G"], f"{EMPTY} STORE{UNSET} (see `cowfs grow --help`)"),
+        (["umount", "/mnt", ""], f"an empty argument was given{UNSET} (see `cowfs umount --help`)"),
+        (["diff", "/mnt", "--store", "s"], "unrecognized arguments: --store s (see `cowfs diff --help`)"),
+        (
+            ["diff", "/mnt", "--only"],
+            "unknown option --only; did you mean --name-only? (see `cowfs diff --help`)",
+        ),
+        (["/mnt", "diff", "-p"], "diff: the subcommand comes first (cowfs diff /mnt -p)"),
+        (["lower", "mnt"], "lower: 'mnt' is neither add nor remove (see `cowfs lower --help`)"),
+        (
+            ["find", os.fsdecode(b"\xff")],
+            "'\\xff' is not off, alldev or the path of a store (write off, alldev, /PATH, or alldev,/PATH)",
+        ),
         (["create", "-", "16"], f"-: {NOT_PIPED}"),
         (["backup", "s.bs", "-"], f"-: {NOT_PIPED}"),
         (["restore", "s.bs", "-"], f"-: {NOT_PIPED}"),
@@ -85,6 +97,13 @@ def test_a_word_like_none_is_no_subcommand_and_no_lower() -> None:
 
 def test_a_lower_with_a_path_is_no_subcommand(tmp_path: Path) -> None:
     assert f"{tmp_path}/mont: no such lower" in said(tmp_path / "mont", tmp_path, code=32)
+
+
+def test_a_lower_called_lower_needs_a_path(tmp_path: Path) -> None:
+    (tmp_path / "lower").mkdir()
+    done = cowfs("lower", "mnt", cwd=str(tmp_path))
+    message = "lower: 'mnt' is neither add nor remove (write ./lower for a lower of this name)"
+    assert (done.returncode, done.stderr) == (1, f"cowfs: {message}\n")
 
 
 def test_a_store_in_use_names_its_mountpoint(here: Mounted, tmp_path: Path) -> None:
@@ -177,7 +196,14 @@ def test_a_removed_current_directory_is_named(tmp_path: Path) -> None:
     for name in ("lower", "mnt"):
         (tmp_path / name).mkdir()
     absolute = ["mount", f"{tmp_path}/lower", f"{tmp_path}/mnt", "--store", f"{tmp_path}/store"]
-    commands = (["info", "x"], ["create", "x.bs", "16"], ["mount", "x", "y"], ["diff", "x"], absolute)
+    commands = (
+        ["info", "x"],
+        ["create", "x.bs", "16"],
+        ["mount", "x", "y"],
+        ["diff", "x"],
+        ["check", "x"],
+        absolute,
+    )
     for words in commands:
         (tmp_path / "gone").mkdir()
         script = 'cd "$0" && rmdir "$0" && exec "$@"'
@@ -191,7 +217,7 @@ def test_a_removed_current_directory_is_named(tmp_path: Path) -> None:
             cowfs("umount", tmp_path / "mnt", check=True)
             assert (done.returncode, lines) == (0, []), done
             continue
-        assert done.returncode == 2 and len(lines) == 1, done
+        assert done.returncode == (8 if words[0] == "check" else 2) and len(lines) == 1, done
         assert lines[0].startswith("cowfs: the current directory has been removed ("), done
 
 
