@@ -35,7 +35,7 @@ earlier names are shown too. PATH can be a glob such as '*.conf', which matches 
 
 A process can set its own command line and name. Its pid, user and cgroup come from the kernel.
 
-Exit codes: 0 done; 1 wrong usage, or nothing is recorded for some PATH.
+Exit codes: 0 done; 1 usage error, or nothing is recorded for some PATH.
 
 examples:
   cowfs blame /mnt/etc/hosts

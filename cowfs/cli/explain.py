@@ -25,7 +25,7 @@ examples:
   cowfs explain sysrcd.bs etc/fstab      of a store that is not mounted
   cowfs explain /mnt etc --json          the same for programs
 
-Exit codes: 0 the path shows something; 1 wrong usage; 32 the path does not exist, or cannot be read.
+Exit codes: 0 the path shows something; 1 usage error; 32 the path does not exist, or cannot be read.
 """
 
 

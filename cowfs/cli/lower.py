@@ -35,7 +35,7 @@ examples:
   cowfs lower add /mnt firefox.sb
   cowfs lower remove /mnt firefox.sb
 
-Exit codes: 0 done; 1 no such module, or added already; others as those of `cowfs mount`.
+Exit codes: 0 done; 1 usage error, no such module, or added already; others as those of `cowfs mount`.
 """
 
 

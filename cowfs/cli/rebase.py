@@ -20,8 +20,8 @@ EXIT_CONFLICT = 65
 _DESCRIPTION = """\
 Move the changes of a store to another version of its root. Afterwards the store belongs to NEWROOT.
 Each file is compared in the store, OLDROOT and NEWROOT. Changes that only the store has stay; changes that
-only NEWROOT has are taken from NEWROOT. Changes that both have are dropped, and so are deletions of files
-that NEWROOT does not have.
+only NEWROOT has are taken from NEWROOT. Changes that both have are dropped from the store, and so are
+deletions of files that NEWROOT does not have.
 """
 _EPILOG = """\
 If both have changed a file in different ways, this is a conflict: it is listed; the store's version stays.

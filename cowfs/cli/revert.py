@@ -41,7 +41,7 @@ examples:
   cowfs revert /mnt usr --metadata      owners, modes, times and attributes, but not the contents
   cowfs revert /mnt --undo              undo the last revert
 
-Exit codes: 0 done; 1 wrong usage, or nothing to revert; 32 some changes could not be reverted. They are the
+Exit codes: 0 done; 1 usage error, or nothing to revert; 32 some changes could not be reverted. They are the
 same with --dry-run.
 """
 
