@@ -30,6 +30,8 @@ class _Composed:
     places: tuple[Place, ...]
     attr: Attr
     notes: dict[bytes, bytes] = field(default_factory=dict)
+    ends: bool = False
+    """Whether the layers below have nothing for a directory: it or one above it is opaque."""
 
 
 class Composite:
@@ -70,7 +72,7 @@ class Composite:
             return self._whiteout(directory, name) if found.further is None else None
         number, key, attr = found.hits[0]
         if stat.S_ISDIR(attr.st_mode):
-            return self._directory(found, name, is_root=directory is self.root)
+            return self._directory(directory, found, name)
         if number > 0 and attr.st_nlink > 1 and self._index is not None:
             hit = self._index.find(self._stack.layers[number].handle(key))
             if hit is not None:
@@ -93,16 +95,18 @@ class Composite:
                 return _Composed(((number, hit[0]),), device), device
         return None
 
-    def _directory(self, found: Found, name: bytes, *, is_root: bool) -> tuple[_Composed, Attr]:
+    def _directory(self, directory: _Composed, found: Found, name: bytes) -> tuple[_Composed, Attr]:
         notes = {}
         if found.further is None:
+            ends = True
             notes[self._format.opaque] = OPAQUE
         else:
-            redirect = self._redirect(found, name, is_root)
-            if redirect is not None:
+            redirect = self._redirect(found, name, directory is self.root)
+            ends = directory.ends and not found.further[1]  # a redirect led to another of these layers
+            if redirect is not None and not ends:
                 notes[self._format.redirect] = redirect
         attr = found.hits[0][2]
-        return _Composed(tuple((number, key) for number, key, _ in found.hits), attr, notes), attr
+        return _Composed(tuple((number, key) for number, key, _ in found.hits), attr, notes, ends), attr
 
     def _file(self, hits: list[Hit], found: Found, name: bytes, is_root: bool) -> tuple[_Composed, Attr]:
         number, key, attr = hits[0]

@@ -306,6 +306,27 @@ def test_differences_between_checkpoints(tmp_path: Path, seed: int, count: int) 
 
 
 @needs_root
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_a_name_that_only_a_checkpoint_had(tmp_path: Path, kind: str) -> None:
+    """What was renamed in a directory made before a checkpoint is not what the lower has under that name."""
+    script("mkdir -p lower/n; echo x >lower/n/f", tmp_path)
+    store = store_of(kind, tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        script("mkdir -p d/f; touch d/f/in", here.path)
+        run(*COWFS, "checkpoint", here.path, "one")
+        script("mv d/f d/g; rm -r n; mv d n", here.path)
+        wanted = ["D  n/f", "A  n/g/", "A  n/g/in"]
+        assert run(*COWFS, "diff", here.path, "-q").stdout.splitlines() == wanted
+        told = json.loads(cowfs("explain", here.path, "n/f", "--json").stdout)
+        assert told["change"] == "D" and "to" not in told
+    assert run(*COWFS, "diff", store, "-q").stdout.splitlines() == wanted
+    run(*COWFS, "checkpoint", store, "--delete", "one")
+    assert run(*COWFS, "diff", store, "-q").stdout.splitlines() == wanted
+    run(*COWFS, "revert", store, "n/g")
+    assert run(*COWFS, "diff", store, "-q").stdout.splitlines() == wanted[:1]
+
+
+@needs_root
 def test_what_the_kernel_writes_by_itself(tmp_path: Path) -> None:
     """A file that it has, open or mapped, would change in the checkpoint: none is made meanwhile."""
     script(MAKE, tmp_path)
