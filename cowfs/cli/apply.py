@@ -15,15 +15,14 @@ from cowfs.linux.signals import read_answer
 if TYPE_CHECKING:
     from cowfs.exports.losses import Losses
 
-NAME = "apply"
 EXIT_PARTIAL = 64
 EXIT_CONFLICT = 65
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Make the changes of the store in the directory ROOT, a copy of the lower: afterwards it holds the merged tree.
 Other files in ROOT stay. ROOT can also be another store that is not mounted, or a mountpoint.
 """
-_EPILOG = """\
+EPILOG = """\
 If a path in ROOT differs from the lower (in content or type, or because one of them does not have it), this
 is a conflict: conflicts are listed, and nothing is changed. --force also replaces and removes these files.
 
@@ -45,11 +44,8 @@ store or the lower cannot be used.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "apply the changes to a directory", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT", help="the changes; with --undo left out")
     parser.add_argument("root", metavar="ROOT", nargs="?", help="the directory, or the store, to change")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be done")
@@ -63,7 +59,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--undo", action="store_true", help="restore ROOT from DIR")
     options.add_trust(parser, "make")
     options.add_opening(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,13 +7,11 @@ import argparse
 from cowfs.cli import options
 from cowfs.cli.output import bytes_of, counted, note, progress_line, warn
 
-NAME = "backup"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Copy a store to FILE, as it is at one moment, even while its mount is in use. FILE is a store itself: you can
 mount it, and `cowfs restore` copies it back.
 """
-_EPILOG = """\
+EPILOG = """\
 At the end, programs that use the mount wait while the changes made during the copy are copied. They wait only
 for a moment if FILE can share blocks with the store (btrfs, XFS). A store that is an image, or in memory,
 becomes a file with holes where the store has nothing; one in a directory becomes a directory.
@@ -30,15 +28,11 @@ Exit codes: 0 FILE is complete; 1 usage error; 2 it could not be written; 32 the
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "copy a store, which may be in use", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("file", metavar="FILE", help="the file or directory to create")
     parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,14 +21,13 @@ from cowfs.linux.fuse import LISTED
 if TYPE_CHECKING:
     from cowfs.changes.blame import Event, History
 
-NAME = "blame"
 EXIT_NOTHING = 1
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Show which processes created a file, wrote to it, changed its attributes, renamed or removed it: the first and
 the last of each. This is recorded only while the store is mounted with -o blame.
 """
-_EPILOG = """\
+EPILOG = """\
 PATH is below a mountpoint (/mnt/etc/hosts); or it is a path in the merged tree (etc/hosts), after the
 mountpoint or the store. For a removed file, give its last path. If a file was renamed, changes under its
 earlier names are shown too. PATH can be a glob such as '*.conf', which matches in all directories.
@@ -46,11 +45,8 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "tell which process changed a file", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("where", metavar="STORE|MOUNTPOINT|PATH")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=())
     parser.add_argument(
@@ -67,7 +63,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "path, what, first or last, time, operations, path at that time, new path, pid, uid, program, "
         "unit, container",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

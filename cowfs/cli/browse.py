@@ -9,13 +9,11 @@ import os
 from cowfs.cli import options
 from cowfs.errors import SystemFailure, UsageError
 
-NAME = "browse"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Show the changes as a tree in the terminal. You can see the differences of each path and the rule that decides
 what it shows, mark paths, and revert them.
 """
-_EPILOG = """\
+EPILOG = """\
 keys:
   arrows   move in the tree, open and close directories
   d, e     show the differences of the selected path; explain it
@@ -36,13 +34,10 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    summary = "browse the changes in a terminal"
-    parser = options.add_subcommand(subparsers, NAME, summary, _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     options.add_lower(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

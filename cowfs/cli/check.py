@@ -6,7 +6,6 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from cowfs.cli import options
 from cowfs.cli.output import Tally, note, progress_line, say, shares
 from cowfs.client import find_mount
 from cowfs.errors import StoreError
@@ -14,15 +13,14 @@ from cowfs.errors import StoreError
 if TYPE_CHECKING:
     from cowfs.store.offline.check import Report
 
-NAME = "check"
 FSCK_OPERATIONAL, FSCK_USAGE = 8, 16  # of fsck(8)
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Check a store that is not mounted. First e2fsck checks its filesystem, and repairs what is safe to repair
 without asking. Then cowfs checks the rules that it and the kernel's overlayfs rely on: the header, whiteouts,
 redirects and metacopy files. Violations of these rules are reported, one per line, but never repaired.
 """
-_EPILOG = """\
+EPILOG = """\
 example:
   cowfs check -n sysrcd.bs         check without changing anything
 
@@ -32,9 +30,8 @@ could not be checked (it is missing or in use, or e2fsck is missing); 16 usage e
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "check a store", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("store", metavar="STORE", help="an image or a directory store")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("-n", "--no-changes", action="store_true", help="report errors, but change nothing")
@@ -43,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     # Those of fsck(8), where 1 means that errors were corrected.
-    parser.set_defaults(run=run, usage_code=FSCK_USAGE, failure_code=FSCK_OPERATIONAL)
+    parser.set_defaults(usage_code=FSCK_USAGE, failure_code=FSCK_OPERATIONAL)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,13 +7,11 @@ import argparse
 from cowfs.cli import options
 from cowfs.cli.output import Tally, progress_line, warn
 
-NAME = "checkpoint"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Keep the current state of the tree under a name. `cowfs rollback` restores it, and `cowfs diff --since`
 compares with it. A checkpoint takes no space: only later changes do.
 """
-_EPILOG = """\
+EPILOG = """\
 Programs can use a mounted tree meanwhile: files that are open for writing are copied once more at the next
 write. The checkpoint contains all data that programs wrote before the command, synced by fsync(2) or not.
 Versions of cowfs that do not know checkpoints cannot use a store that has some.
@@ -30,16 +28,12 @@ Exit codes: 0 done; 1 no such name, or not a name; others as those of `cowfs mou
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "keep the state of a tree under a name", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("name", metavar="NAME", help="the name of the checkpoint")
     parser.add_argument("--delete", action="store_true", help="delete the checkpoint of that name")
     options.add_lower(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

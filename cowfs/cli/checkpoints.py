@@ -9,9 +9,8 @@ import sys
 from cowfs.cli import options
 from cowfs.cli.output import say, say_fields
 
-NAME = "checkpoints"
-
-_EPILOG = """\
+DESCRIPTION = "List the checkpoints of a store or of a mount, the oldest first."
+EPILOG = """\
 Each line has the time of a checkpoint, its name, and the checkpoint before it. A star marks those that the
 tree is based on. `cowfs diff --since NAME` lists the changes since the last of them.
 
@@ -24,20 +23,12 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers,
-        NAME,
-        "list the checkpoints of a store",
-        "List the checkpoints of a store or of a mount, the oldest first.",
-        _EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     options.add_json_or_null(
         parser, "* if the tree is based on it, time, name, the one before it", "print one JSON object"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,13 +8,11 @@ import json
 from cowfs.cli import options
 from cowfs.cli.output import Tally, progress_line, say, warn
 
-NAME = "convert"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Convert a store in place from the aufs format, as SystemRescueCd 1 to 5 wrote it, to the overlayfs format, or
 back. The merged tree stays the same.
 """
-_EPILOG = """\
+EPILOG = """\
 It needs hardly any space: whiteouts are rewritten, everything else is moved. If it is interrupted, run the
 same command to complete it; until then the store cannot be mounted. The store must not be mounted, and its
 trash (of `cowfs revert`) must be empty.
@@ -29,16 +27,12 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "convert a store from aufs to overlayfs, or back", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("store", metavar="STORE", help="a store that is not mounted")
     parser.add_argument("--to", choices=("overlayfs", "aufs"), required=True, help="the new format")
     options.add_opening(parser)
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,13 +11,13 @@ from cowfs.linux.files import is_device
 
 NAME = "create"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Create a store: a file that holds an ext3 filesystem, in which the changes made through a mount are kept.
 STORE must not exist. All SIZE MiB are allocated now, so that the disk cannot run out of space for the store
 later. Root is not needed. If the command fails or is interrupted, it leaves nothing behind.
 STORE may also be an empty block device, which the store then takes as a whole.
 """
-_EPILOG = """\
+EPILOG = """\
 SIZE is in MiB unless it has a unit: 256, 256M and 262144K are the same; 2G is 2048. The minimum is 16;
 on FAT filesystems the maximum is 4095.
 
@@ -31,9 +31,8 @@ Exit codes: 0 success; 1 usage error; 2 a program is missing; 32 the store could
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "create a store", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("store", metavar="STORE", help="the file to create, such as sysrcd.bs")
     parser.add_argument(
         "size", metavar="SIZE", nargs="?", help="its size in MiB, or with a unit: 512M, 2G; not for a device"
@@ -41,7 +40,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--luks", action="store_true", help="encrypt it with LUKS, which asks for a passphrase (root only)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

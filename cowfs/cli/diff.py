@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from cowfs.changes.patch import Counts
     from cowfs.changes.select import Selection
 
-NAME = "diff"
 EXIT_CHANGES = 1
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 List the changes: the differences between the merged tree and its lower. A file that was written to but is the
 same as before is not listed.
 """
-_EPILOG = """\
+EPILOG = """\
 Each line has a letter and a path:
   A  added     M  modified, followed by what: content, mode, owner, times, xattrs, target of a
   D  deleted      symlink, device, type (a file where a directory was)
@@ -53,9 +52,8 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "list the changes", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument(
         "paths",
@@ -88,7 +86,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="exit with 1 if there are changes, and with 2 or more on errors",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,15 +17,14 @@ if TYPE_CHECKING:
     from cowfs.api import Changes, Lowers
     from cowfs.changes.du import Used
 
-NAME = "du"
 VERSION = 1
 _STANDARD_OUTPUT = "-"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Show what fills a store: how much space is taken, for what reason, and below which directories; and how much
 of it `cowfs vacuum` and `cowfs vacuum --trash` would free.
 """
-_EPILOG = """\
+EPILOG = """\
 The sum is the used space that df(1) shows. A file with several names counts once. The last JSON object is
 {"version": 1, "reclaimable": {"vacuum": BYTES, "trash": BYTES}}; -z leaves it out.
 
@@ -37,9 +36,8 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "show what fills a store", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
     parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image; -: standard output")
@@ -55,7 +53,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="also add up by the program that changed a file last (-o blame)",
     )
     options.add_lower(parser)
-    parser.set_defaults(run=run)
 
 
 def _number(text: str) -> int:

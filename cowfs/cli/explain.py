@@ -13,13 +13,11 @@ from cowfs.cli.output import say, say_fields, warn
 from cowfs.errors import EXIT_MOUNT, UsageError
 from cowfs.jsontext import get_path
 
-NAME = "explain"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Explain why the merged tree shows a path as it does: what each layer has there, which rule decides, why the
 path counts as changed, and how much space it takes in the store.
 """
-_EPILOG = """\
+EPILOG = """\
 examples:
   cowfs explain /mnt/etc/fstab           of a mounted tree
   cowfs explain sysrcd.bs etc/fstab      of a store that is not mounted
@@ -29,11 +27,8 @@ Exit codes: 0 the path shows something; 1 usage error; 32 the path does not exis
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "explain why a path shows what it shows", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="what to explain")
     options.add_json_or_null(
@@ -41,7 +36,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "for each layer path, layer, path there, type, mode, uid, gid, size, mtime in ns, target, rules",
     )
     options.add_lower(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,14 +9,13 @@ from cowfs.cli import options
 from cowfs.cli.output import Tally, progress_line, warn
 from cowfs.errors import UsageError
 
-NAME = "export"
 EXIT_PARTIAL = 64
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Write the changes, or with --merged the whole tree, to FILE in a format that other programs read.
 At the end FILE is complete, or does not exist.
 """
-_EPILOG = """\
+EPILOG = """\
 FORMAT is one of
   squashfs   a module to stack on the same root (.srm, .sb, .sfs), or the whole root as a new image
   tar        an archive with extended attributes (pax); gnutar: without them, for old programs
@@ -50,15 +49,8 @@ Times rounded to seconds are reported, but are not an error.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers,
-        NAME,
-        "write the changes as a squashfs, tar, container image, patch, ...",
-        _DESCRIPTION,
-        _EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("file", metavar="FILE", help="the file to create; a directory for oci, overlayfs")
     parser.add_argument("--to", metavar="FORMAT", required=True, help="the format, see below")
@@ -80,7 +72,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
     options.add_trust(parser, "with overlayfs: make")
     options.add_opening(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,14 +9,12 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from cowfs.cli import options
 from cowfs.cli.output import say
 from cowfs.client import ask, find_mount
 from cowfs.errors import CowfsError
 
-NAME = "find"
-
-_EPILOG = """\
+DESCRIPTION = "List the stores that a boot would consider, which one it would use, and why."
+EPILOG = """\
 BACKSTORE is the value of the boot option backstore=: alldev (all disks, not only removable ones),
 /path/to/a/store, or both, separated by a comma. The default is /sysrcd.bs on removable disks.
 
@@ -31,21 +29,13 @@ Exit codes: 0 a boot would use one of the stores; 1 it would use none.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers,
-        NAME,
-        "list the stores that a boot would consider",
-        "List the stores that a boot would consider, which one it would use, and why.",
-        _EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument(
         "backstore", metavar="BACKSTORE", nargs="?", default="", help="the value of the boot option"
     )
     parser.add_argument("--image", metavar="FILE", help="the root image (default: the one in use)")
     parser.add_argument("--json", action="store_true", help="print a JSON array")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,13 +14,13 @@ from cowfs.linux.files import is_image, size_of
 
 NAME = "grow"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Make a store larger, and keep its contents. cowfs checks the filesystem (and repairs what is safe), extends
 the file, and resizes the filesystem to fill it. If a step fails, the store is still usable: fix the cause
 and run the same command again. The store can be mounted (unless by --engine kernel); programs that use the
 mount wait while its filesystem is checked and resized. For a store in memory, SIZE is its new size limit.
 """
-_EPILOG = """\
+EPILOG = """\
 SIZE is the new size; with a + before it, the amount to add to an image. It is in MiB unless
 it has a unit (1024, 1024M, 1.5G, +100M). `cowfs shrink` makes a store smaller.
 
@@ -32,9 +32,8 @@ Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "make a store larger", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("store", metavar="STORE|MOUNTPOINT", help="the store to grow")
     parser.add_argument(
         "size",
@@ -42,7 +41,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="?",
         help="its new size in MiB, or with a unit: 1024M, 2G (default: the size of the file)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

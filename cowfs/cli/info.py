@@ -16,9 +16,8 @@ from cowfs.errors import MountFailure, UsageError, printable
 from cowfs.jsontext import local_time, to_local_time
 from cowfs.url.names import is_url
 
-NAME = "info"
-
-_EPILOG = """\
+DESCRIPTION = "Describe a store, an image or archive that can be a lower, or a mount and its layers."
+EPILOG = """\
 examples:
   cowfs info sysrcd.bs        its size, usage, lower, and who uses it
   cowfs info /mnt             what is mounted there, and how full its store is
@@ -34,15 +33,8 @@ _NAMED = 3
 """How many checkpoints are named."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers,
-        NAME,
-        "describe a store, an image or a mount, and how full it is",
-        "Describe a store, an image or archive that can be a lower, or a mount and its layers.",
-        _EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|IMAGE|MOUNTPOINT")
     options.add_offset(parser)
     form = parser.add_mutually_exclusive_group()
@@ -52,7 +44,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="print how the kernel's overlayfs mounts a store, and its lowers",
     )
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,19 +8,17 @@ import os
 import pwd
 from typing import Any
 
-from cowfs.cli import options
 from cowfs.cli.output import say
 from cowfs.client import Dead, Patience
 from cowfs.errors import CowfsError, printable
 from cowfs.linux.fuse import FSTYPE
 from cowfs.linux.mount_table import MountInfo, mountinfo
 
-NAME = "list"
-
 _PATIENCE, _IN_ALL = 2.0, 6.0
 """The time limits in seconds: for the answer of one daemon, and for all together."""
 _HEADINGS = ("MOUNTPOINT", "LOWER", "STORE", "USER", "STATE")
-_EPILOG = """\
+DESCRIPTION = "List what cowfs has mounted where, with which store, and for which user."
+EPILOG = """\
 A store whose daemon does not answer within 2 seconds, or that belongs to another user, is shown as `?'.
 
 example:
@@ -28,17 +26,9 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers,
-        NAME,
-        "list the mounts of cowfs",
-        "List what cowfs has mounted where, with which store, and for which user.",
-        _EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("--json", action="store_true", help="print one JSON array")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cowfs.cli import options
 from cowfs.cli.output import note
 from cowfs.errors import LayerError
 
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
 
 NAME = "lower"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Add a module to a mounted tree, or remove it again. A module is a squashfs image; it is merged above the
 lowers and below the store.
 """
-_EPILOG = """\
+EPILOG = """\
 Afterwards the tree shows the same as after a new mount, so changes and deletions in the store stay in effect.
 An open file does not change until it is closed.
 
@@ -39,18 +38,14 @@ Exit codes: 0 done; 1 usage error, no such module, or added already; others as t
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "add a module to a mounted tree, or remove it", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="add|remove", choices=("add", "remove"), help="what to do")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("image", metavar="IMAGE", help="the module: a squashfs image in a file")
     parser.add_argument(
         "--trust", action="store_true", help="add the image even if other users can change it"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -91,9 +91,17 @@ def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argp
     )
     # Only the requested subcommand is imported: start-up is half of a short command's time.
     if wanted in SUBCOMMANDS:
-        importlib.import_module(f"cowfs.cli.{wanted}").add_parser(subparsers)
-        _add_quiet(subparsers.choices[wanted])
-        _add_key_file(subparsers.choices[wanted])
+        module = importlib.import_module(f"cowfs.cli.{wanted}")
+        of_command = subparsers.add_parser(
+            wanted,
+            description=module.DESCRIPTION,
+            epilog=getattr(module, "EPILOG", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        of_command.set_defaults(run=module.run)
+        module.add_arguments(of_command)
+        _add_quiet(of_command)
+        _add_key_file(of_command)
     return parser, dict(subparsers.choices)
 
 

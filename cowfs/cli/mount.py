@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-NAME = "mount"
-
+DESCRIPTION = "Merge read-only layers with a writable store and mount the result at MOUNTPOINT."
 _EPILOG = """\
 LOWER is a squashfs image, in a file, on a block device or at a URL, a tar or zip archive, an ISO 9660
 image, or a directory. If there are several, the leftmost is on top. Write a colon in a name as \\: .
@@ -55,22 +54,15 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = mount_options.add_subcommand(
-        subparsers,
-        NAME,
-        "merge a lower with a store, and mount the result",
-        "Merge read-only layers with a writable store and mount the result at MOUNTPOINT.",
-        _EPILOG.format(options=mount_options.describe(), topics=mount_options.describe_topics()),
-    )
-    add_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.epilog = _EPILOG.format(options=mount_options.describe(), topics=mount_options.describe_topics())
+    add_layers(parser)
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
     parser.add_argument("--debug", metavar="TOPICS", default="", help="log what the daemon does (see below)")
-    parser.set_defaults(run=run)
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def add_layers(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add the arguments: the layers, and the mountpoint, which may be *optional*."""
     count = "?" if optional else None
     parser.add_argument(

@@ -417,23 +417,6 @@ def describe_topics() -> str:
     return "\n".join(f"  {name:<16}{text}" for name, text in DEBUG_TOPICS.items())
 
 
-def add_subcommand(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    summary: str,
-    description: str,
-    epilog: str,
-) -> argparse.ArgumentParser:
-    """Add the parser of a subcommand; its texts are printed unchanged."""
-    return subparsers.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def add_lower(parser: argparse.ArgumentParser, *, letter: bool = True) -> None:
     """Add ``--lower`` and ``--offset``: for subcommands that read a store that is not mounted.
 

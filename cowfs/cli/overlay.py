@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from cowfs.fuse.owners import OwnerMap
     from cowfs.union import UnionOptions
 
-NAME = "overlay"
-
 _OURS = {
     "lowerdir": "LOWER[:LOWER...]: the layers, the leftmost on top; write a colon in a name as \\:",
     "upperdir": "a directory: where changes are written; without it the mount is read-only",
@@ -53,6 +51,7 @@ _QUIET = {
     "allow_root", "ino32_t", "fast_ino", "plugins", "kernel_cache", "auto_cache", "max_write",
 }  # fmt: skip
 """Options without an effect that a caller of fuse-overlayfs could miss."""
+DESCRIPTION = "Mount merged directories, with the command line of fuse-overlayfs. cowfs-overlay is the same."
 _EPILOG = """\
 Options for -o, separated by commas (write a comma in a name as \\,):
 {options}
@@ -73,15 +72,9 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = mount_options.add_subcommand(
-        subparsers,
-        NAME,
-        "mount with the command line of fuse-overlayfs",
-        "Mount merged directories, with the command line of fuse-overlayfs. cowfs-overlay is the same.",
-        _EPILOG.format(options="\n".join(f"  {name:<18}{text}" for name, text in _OURS.items())),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.epilog = _EPILOG.format(options="\n".join(f"  {name:<18}{text}" for name, text in _OURS.items()))
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="ignored: mount(8) and fstab give one")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument("-o", metavar="OPTS", dest="options", action="append", default=[], help="see below")
@@ -91,7 +84,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("-s", action="store_true", help="ignored: requests are served in one thread")
     parser.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

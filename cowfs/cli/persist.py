@@ -14,7 +14,7 @@ from cowfs.linux.mount_table import mountinfo
 
 NAME = "persist"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Write the changes of a mount whose store is in memory to a new store, STORE, and keep all later changes there
 too. The mount stays in use; at the end, programs that use it wait for a second or two per GiB. If the
 command fails or is interrupted, the mount continues as before.
@@ -22,7 +22,7 @@ command fails or is interrupted, the mount continues as before.
 STORE is a path. For root it may begin with a disk, which need not be mounted: /dev/sdb1/my/sysrcd.bs is
 /my/sysrcd.bs on that disk, and /dev/sdb1 is /sysrcd.bs on it.
 """
-_EPILOG = """\
+EPILOG = """\
 SIZE is the size of STORE, in MiB unless it has a unit (1024M, 2G). By default STORE is as large as the
 store in memory has become; `cowfs grow` makes it larger later.
 
@@ -35,15 +35,11 @@ Unless the exit code is 0, the changes are still in memory.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "save the changes of a mount whose store is in memory", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("store", metavar="STORE", help="the store to create")
     parser.add_argument("size", metavar="SIZE", nargs="?", help="its size in MiB, or with a unit: 1024M, 2G")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

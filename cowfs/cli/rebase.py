@@ -14,16 +14,15 @@ if TYPE_CHECKING:
     from cowfs.api import Lowers
     from cowfs.rebasing import Rebased
 
-NAME = "rebase"
 EXIT_CONFLICT = 65
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Move the changes of a store to another version of its root. Afterwards the store belongs to NEWROOT.
 Each file is compared in the store, OLDROOT and NEWROOT. Changes that only the store has stay; changes that
 only NEWROOT has are taken from NEWROOT. Changes that both have are dropped from the store, and so are
 deletions of files that NEWROOT does not have.
 """
-_EPILOG = """\
+EPILOG = """\
 If both have changed a file in different ways, this is a conflict: it is listed; the store's version stays.
 --conflicts DIR writes all versions of these to DIR/old, DIR/new and DIR/changed. A renamed directory that
 NEWROOT no longer has stays complete, as in OLDROOT.
@@ -44,11 +43,8 @@ could not be written; 32 the store or a root cannot be used, and nothing was cha
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "move the changes to a new version of the root", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("store", metavar="STORE")
     parser.add_argument(
         "--from",
@@ -72,7 +68,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="auto",
         help="engine for images: cowfs (auto, process) or the kernel",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

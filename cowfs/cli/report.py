@@ -9,15 +9,14 @@ from cowfs.cli import options
 from cowfs.cli.diff import add_aspects, patterns_of, selection_of
 from cowfs.cli.output import Tally, progress_line, warn
 
-NAME = "report"
 _OFFSET = re.compile(r"(?:offset=)?(?:auto|\d+[kmg]?)(?::(?:auto|\d+[kmg]?))*", re.I)
 """A value of ``-o`` in other subcommands. In older versions of this one, ``-o`` was a file."""
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Write the changes as one HTML file for a browser: a summary, what fills the store, when and by
 which programs (if recorded with -o blame), a table that sorts and filters, and differences of texts.
 """
-_EPILOG = """\
+EPILOG = """\
 The file loads nothing from the network. It contains parts of the changed files, so only you can read it.
 Two reports of the same store are identical.
 
@@ -31,11 +30,8 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "write the changes as an HTML page", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="only this path, or glob")
     parser.add_argument(
@@ -49,7 +45,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("-f", "--force", action="store_true", help="replace FILE")
     add_aspects(parser, "leave out")
     options.add_opening(parser, "compare with", letter=False)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

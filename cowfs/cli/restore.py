@@ -7,12 +7,10 @@ import argparse
 from cowfs.cli import options
 from cowfs.cli.output import bytes_of, counted, note, progress_line, warn
 
-NAME = "restore"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Check FILE, a backup made by `cowfs backup`, and copy it to STORE.
 """
-_EPILOG = """\
+EPILOG = """\
 If this is interrupted, STORE is unchanged or complete. It must not be in use.
 
 examples:
@@ -23,15 +21,13 @@ store, or STORE is in use.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "copy a backup of a store back", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("file", metavar="FILE", help="the backup to restore")
     parser.add_argument("store", metavar="STORE", help="the store to create")
     parser.add_argument(
         "-f", "--force", action="store_true", help="replace STORE if it is a file, or an empty directory"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,17 +16,16 @@ from cowfs.errors import CowfsError, UsageError
 if TYPE_CHECKING:
     from cowfs.api import Done, Lowers
 
-NAME = "revert"
 JSON_HELP = "print one JSON object per line: version path kind size why_not"
 VERSION = 1
 _EXAMINED = "changes examined"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Revert changes: PATH, and everything below it, becomes what it is in the lower. Added files are removed,
 deleted files come back, and renamed directories get their old names. Nothing is lost: removed files are moved
 to a trash in the store, and --undo restores them.
 """
-_EPILOG = """\
+EPILOG = """\
 A PATH is relative to the root of the tree; a glob such as '*.conf' matches in all directories. `cowfs diff`
 with the same paths lists what will be reverted, and so does --dry-run. In a store with checkpoints, PATH
 becomes what it was at the last checkpoint; `cowfs diff --since NAME` lists the changes since then.
@@ -46,9 +45,8 @@ same with --dry-run.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "revert changes", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument(
         "paths", metavar="PATH", nargs="*", default=(), help="the path to revert; may be a glob"
@@ -60,7 +58,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_lower(parser)
     options.add_json_or_null(parser, "path, why it was not reverted", JSON_HELP)
     parser.add_argument("-q", "--quiet", action="store_true", help="do not list the changes")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

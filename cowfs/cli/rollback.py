@@ -7,12 +7,10 @@ import argparse
 from cowfs.cli import options
 from cowfs.cli.output import Tally, progress_line, warn
 
-NAME = "rollback"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Make the tree what it was at a checkpoint. Later changes are lost, unless another checkpoint has them.
 """
-_EPILOG = """\
+EPILOG = """\
 In a mounted tree no file may be open, mapped or running, and no directory may be a working directory;
 otherwise cowfs reports what is in use, and by whom. Later checkpoints stay: `cowfs rollback` can also return
 to one of them.
@@ -23,13 +21,11 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "go back to a checkpoint", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("name", metavar="NAME", help="the checkpoint")
     options.add_lower(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,6 @@ from cowfs.linux import mounts, offspring, privileges, programs, seccomp, user_n
 from cowfs.linux.guard import Abandoned, Guard
 from cowfs.linux.signals import ASKS_TO_END, unblock
 
-NAME = "run"
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 _PRIVATE = "cowfs-run-"
 """How the names of our directories begin."""
@@ -33,7 +32,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NOT_FOUND, _NOT_RUN = 127, 126
 """Exit codes of sh(1)."""
 
-_EPILOG = """\
+DESCRIPTION = "Run COMMAND as root on a merged tree; then commit, keep or discard what it has changed."
+EPILOG = """\
 With --root, COMMAND has the merged tree of ROOT as its root directory, and sees nothing else. ROOT is / (to
 try a command on this system), a directory, or an image. Filesystems mounted in ROOT can be changed in the
 same way; those that are read-only stay read-only. /proc and /sys are the system's, and /dev has the usual
@@ -65,25 +65,20 @@ changes were committed or kept; without having run it: 1 usage error; 2 system e
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="run a command on a merged tree, as root; then commit or discard what it changed",
-        description="Run COMMAND as root on a merged tree; then commit, keep or discard what it has changed.",
-        usage="cowfs run --root ROOT [OPTIONS] -- COMMAND [ARGUMENT...]\n"
-        "       cowfs run [OPTIONS] LOWER[:LOWER...] MOUNTPOINT [OPTIONS] -- COMMAND [ARGUMENT...]",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.usage = (
+        "cowfs run --root ROOT [OPTIONS] -- COMMAND [ARGUMENT...]\n"
+        "       cowfs run [OPTIONS] LOWER[:LOWER...] MOUNTPOINT [OPTIONS] -- COMMAND [ARGUMENT...]"
     )
-    mount.add_arguments(parser, optional=True)
+    mount.add_layers(parser, optional=True)
     parser.add_argument("--root", metavar="IMAGE|DIR|/", help="the root directory of COMMAND")
     answer = parser.add_mutually_exclusive_group()
     answer.add_argument("--commit", action="store_true", help="make the changes in ROOT, or in LOWER")
     answer.add_argument("--discard", action="store_true", help="discard the changes")
     answer.add_argument("--keep", metavar="STORE", help="write the changes to a new store")
     parser.add_argument("-f", "--force", action="store_true", help="overwrite files in conflict")
-    parser.set_defaults(run=run, command=[], foreground=False, debug="")
+    parser.set_defaults(command=[], foreground=False, debug="")
 
 
 def run(args: argparse.Namespace) -> int:

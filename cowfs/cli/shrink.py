@@ -10,11 +10,11 @@ from cowfs.cli.output import bytes_of, counted, progress_line, say, shares
 
 NAME = "shrink"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Make a store smaller, and keep its contents. It must not be mounted. cowfs checks a copy, makes it smaller,
 and replaces the store with it. If this is interrupted, the store is the old one or the new one.
 """
-_EPILOG = """\
+EPILOG = """\
 SIZE is the new size in MiB, or with a unit (256, 256M, 1.5G); without it, as small as possible, but at
 least 16 MiB. The copy needs space beside the store: as much as the store takes on the disk now. `cowfs trim`
 frees space on the disk without a copy.
@@ -27,14 +27,12 @@ Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "make a store smaller", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("store", metavar="STORE", help="the store to shrink")
     parser.add_argument(
         "size", metavar="SIZE", nargs="?", help="its new size in MiB, or with a unit: 256M, 1G"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

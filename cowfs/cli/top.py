@@ -16,14 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cowfs.cli import options
 from cowfs.cli.output import say
 from cowfs.cli.requests import Operation, Requests, caches_in, number, requests_in, why_none
 from cowfs.client import checked_answer, facts_of, find_mount, resident, the_mount
 from cowfs.errors import MountFailure, SystemFailure, UsageError, printable
 from cowfs.linux.mount_table import MountInfo
 
-NAME = "top"
 _SHORTEST = 0.1
 """The shortest delay in seconds."""
 _LONGEST = 86400.0
@@ -32,7 +30,8 @@ _NAME = 11
 """The width of a name, such as READDIRPLUS. A table of usual numbers then fits into 80 columns."""
 _HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
-_EPILOG = """\
+DESCRIPTION = "Show which requests a mount receives, how many, and how long they take."
+EPILOG = """\
 The first round covers the time since the mount; each later round covers the time since the previous one. For
 each operation it shows the number of requests, the share of the total time, the time per request (mean,
 median, and 99th percentile, the latter two accurate to one eighth), and the number of errors. Looking up a
@@ -46,15 +45,8 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers,
-        NAME,
-        "show the requests to a mount, and how long they take",
-        "Show which requests a mount receives, how many, and how long they take.",
-        _EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument(
         "-n", "--rounds", metavar="ROUNDS", help="stop after this many rounds (default: on Ctrl-C)"
@@ -63,7 +55,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-d", "--delay", metavar="SECONDS", default="2", help="time between rounds: 0.1 to 86400 (default: 2)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from cowfs.cli import options
 from cowfs.cli.output import progress_line, say, shares
 
 NAME = "trim"
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Return the free space of a store that is an image to the disk, by making holes in its file. The file keeps its
 size, and takes space again as it is filled. For a store in memory, this frees memory.
 """
-_EPILOG = """\
+EPILOG = """\
 cowfs checks the store (and repairs what is safe). It can be mounted, unless by --engine kernel; programs
 that use the mount wait while it is checked.
 
@@ -28,13 +27,9 @@ Exit codes: 0 done; 1 usage error; 2 a program is missing; 32 the store cannot b
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "return the free space of a store to the disk", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("store", metavar="STORE|MOUNTPOINT", help="the store to trim")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,14 +6,12 @@ import argparse
 import threading
 from contextlib import suppress
 
-from cowfs.cli import options
 from cowfs.cli.output import warn
 from cowfs.errors import UsageError
 from cowfs.unmounting import unmount
 
-NAME = "umount"
-
-_EPILOG = """\
+DESCRIPTION = "Unmount MOUNTPOINT, and wait until all changes are written and the store is released."
+EPILOG = """\
 umount(8) returns before the daemon has written all changes and released the store. This command waits for
 that, so that afterwards the store can be copied, checked, resized or unplugged. If the tree is also mounted
 elsewhere (by a bind mount, or in another mount namespace), it prints where, and waits for that unmount.
@@ -23,15 +21,8 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers,
-        NAME,
-        "unmount, and wait until all changes are written",
-        "Unmount MOUNTPOINT, and wait until all changes are written and the store is released.",
-        _EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument(
         "-l", "--lazy", action="store_true", help="detach now, finish when no longer in use; do not wait"
@@ -46,7 +37,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SECONDS",
         help="how long to wait before and after the unmount (default: 600)",
     )
-    parser.set_defaults(run=run)
 
 
 def _seconds(given: str) -> float:

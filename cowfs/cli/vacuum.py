@@ -9,13 +9,11 @@ from cowfs.cli import options
 from cowfs.cli.output import Tally, progress_line, say, say_fields, warn
 from cowfs.cli.revert import JSON_HELP, json_of
 
-NAME = "vacuum"
-
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Free space in a store without changing the merged tree: remove copies of files that are identical to the
 lower's, whiteouts that hide nothing, and directories that add nothing.
 """
-_EPILOG = """\
+EPILOG = """\
 A copy is identical if its content, owner, mode, exact times and attributes are those of the lower's file.
 Copies of files that are in use are kept, because removing them would change inode numbers. `cowfs revert`
 leaves copies of files that were open.
@@ -29,18 +27,14 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(
-        subparsers, NAME, "remove redundant entries from a store", _DESCRIPTION, _EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--trash", action="store_true", help="empty the trash of cowfs revert")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what could be removed")
     options.add_lower(parser)
     options.add_json_or_null(parser, "kind, bytes, path", JSON_HELP)
     parser.add_argument("-q", "--quiet", action="store_true", help="do not list the changes")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

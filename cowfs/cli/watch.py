@@ -19,13 +19,12 @@ from cowfs.jsontext import stamp
 if TYPE_CHECKING:
     from cowfs.api import Event
 
-NAME = "watch"
 _VERSION = 1
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Print each change of a mounted tree as it is made: when, what, where, and by which process.
 """
-_EPILOG = """\
+EPILOG = """\
 A PATH is relative to the root of the tree and includes everything below it; a GLOB such as '*.conf' matches
 in all directories.
 
@@ -43,13 +42,11 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "print changes as they happen", _DESCRIPTION, _EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH|GLOB", nargs="*", default=(), help="report only these")
     options.add_json_or_null(parser, "time, operation, path, new path, pid, uid, program")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

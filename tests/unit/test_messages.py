@@ -28,7 +28,6 @@ _SAY = {
     "exception",
     "critical",
     "add_json_or_null",
-    "add_subcommand",
 }
 _ENDS = (
     "Error",
