@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
@@ -230,11 +230,15 @@ class FileHandlers(NodeHandlers):
         try:
             is_long = self._fs.is_long_to_write(handle, len(buf), off)
             if not handle.is_synchronous and not is_long and not to_disk:
+                if said.uid == libfuse.KERNEL_UID and not handle.is_frozen:
+                    self._fs.will_be_written(handle, writer)
+                    return self._write_back(handle.file)(buf, off)
                 return self._fs.write(handle, buf, off, writer=writer)
             self._fs.will_be_written(handle, writer)
             turns = threads.reads if is_long else threads.syncs
             with self._unopened.in_use(node), self._changes(), at_hand(handle.file) as file:
-                written = await threads.run(functools.partial(file.pwrite, buf, off), turns, uid)
+                pwrite = self._write_back(file) if said.uid == libfuse.KERNEL_UID else file.pwrite
+                written = await threads.run(functools.partial(pwrite, buf, off), turns, uid)
                 if not handle.is_synchronous and to_disk:
                     sync = functools.partial(file.fsync, to_disk & os.O_SYNC != os.O_SYNC)
                     await threads.run(sync, threads.syncs, uid)
@@ -247,6 +251,12 @@ class FileHandlers(NodeHandlers):
             raise
         finally:
             self._tell(node, mode)
+
+    @staticmethod
+    def _write_back(file: File) -> Callable[[bytes, int], int]:
+        """Return what writes the kernel's pages that were changed through mmap(2)."""
+        write: Callable[[bytes, int], int] = getattr(file, "write_back", file.pwrite)
+        return write
 
     async def _to_write(self, node: Node, uid: int) -> Handle:
         """Copy up a file that the kernel opened without a request; return the handle by which to write it."""

@@ -76,13 +76,22 @@ static PyObject *request(PyObject *self, PyObject *args)
 	return Py_BuildValue("(III)", request_word(PID), request_word(UID), flags_of_file());
 }
 
+/* The caller's user ID, or KERNEL_UID (libfuse.py) if the kernel writes what was changed through mmap(2). */
+static uint32_t user(void)
+{
+	enum { WRITE_FLAGS = BODY + 20, CACHE = 1, KERNEL_UID = -1 }; /* FUSE_WRITE_CACHE */
+
+	return request_word(OPCODE) == FUSE_WRITE && request_word(WRITE_FLAGS) & CACHE ? (uint32_t)KERNEL_UID
+										       : request_word(UID);
+}
+
 static PyObject *said(PyObject *self, PyObject *args)
 {
 	PyObject *clears = clears_set_id(self, args);
 
 	if (!last_request)
 		return Py_BuildValue("(NIII)", clears, 0, 0, 0);
-	return Py_BuildValue("(NIII)", clears, request_word(PID), request_word(UID), flags_of_file());
+	return Py_BuildValue("(NIII)", clears, request_word(PID), user(), flags_of_file());
 }
 
 static PyObject *inode(PyObject *self, PyObject *args)

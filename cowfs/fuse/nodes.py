@@ -200,7 +200,9 @@ class NodeHandlers(Handlers):
         if not node.mode & SET_ID or clears is False:
             return Writer.PRIVILEGED
         caller = look_at(pid)
-        if clears is None and (uid == 0 if caller is None else caller.has("CAP_FSETID")):
+        if clears is None and (
+            uid in {0, libfuse.KERNEL_UID} if caller is None else caller.has("CAP_FSETID")
+        ):
             return Writer.PRIVILEGED
         group = self._fs.stat(node).st_gid
         if self._owners is not None:

@@ -168,6 +168,10 @@ class Ext3File:
 
     def pwrite(self, data: bytes, offset: int) -> int:
         self._changes()
+        return self.write_back(data, offset)
+
+    def write_back(self, data: bytes, offset: int) -> int:
+        """Write what was changed through mmap(2). That leaves the capability (ext4_page_mkwrite())."""
         written = self._image.pwrite(self._ino, data, offset)
         if self._flags & os.O_DSYNC:  # a part of O_SYNC
             self._image.fsync(self._ino, self._flags & os.O_SYNC != os.O_SYNC)

@@ -120,12 +120,19 @@ class PartialFile:
     def pwrite(self, data: bytes, offset: int) -> int:
         """Write. First copy up, unchanged, the blocks that it changes in part, so that a crash does no
         harm."""
+        return self._write(self._target.pwrite, data, offset)
+
+    def write_back(self, data: bytes, offset: int) -> int:
+        """Write what was changed through mmap(2)."""
+        return self._write(getattr(self._target, "write_back", self._target.pwrite), data, offset)
+
+    def _write(self, write: Callable[[bytes, int], int], data: bytes, offset: int) -> int:
         if self._part.is_wrong and offset + len(data) > self._part.end:
             raise os_error(errno.EIO)
         for block in self._edges(len(data), offset):
             if self._is_missing(block):
                 self._copy(block, block + self._part.unit)
-        return self._target.pwrite(data, offset)
+        return write(data, offset)
 
     def _copy(self, start: int, stop: int) -> int:
         """Fill the holes in a range of whole blocks; return where it ended."""
