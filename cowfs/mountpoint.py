@@ -42,6 +42,16 @@ def check_mountpoint(mountpoint: str) -> str:
     return target
 
 
+def is_automounted(mountpoint: str) -> bool:
+    """Whether autofs waits for this mount: for systemd (x-systemd.automount) or automount(8).
+
+    Then only the process group of its caller can reach the mountpoint until the mount is there, and while
+    autofs unmounts it.
+    """
+    here = mount_of(mountpoint)
+    return here is not None and here.fstype == "autofs"
+
+
 def _refuse_redirection(mountpoint: str) -> None:
     """MountFailure if another user's symbolic link could lead root's mount to any directory."""
     if os.geteuid() != 0 or not has_all("uid"):

@@ -83,8 +83,9 @@ def run_in_background(
     *,
     stays: bool = False,
     is_last: bool = False,
+    own_session: bool = True,
 ) -> int:
-    """Run *daemon* in a process with its own session; return when it has reported.
+    """Run *daemon* in a process with its *own_session*; return when it has reported.
 
     If it *is_last*, nothing has to be done after that, and this process may become it and never return.
     Only the descriptors of *keep* and of the terminal stay open. Raises the CowfsError that the daemon
@@ -95,12 +96,12 @@ def run_in_background(
     sys.stderr.flush()
     if is_last and _told:
         hold_back()
-        _be_daemon(daemon, _told[0], keep, _OwnReporter)
+        _be_daemon(daemon, _told[0], keep, own_session, _OwnReporter)
     reading, writing = os.pipe()
     hold_back()  # otherwise a signal could end one of the two processes unnoticed
     pid = os.fork()
     if pid == 0:
-        _be_daemon(daemon, writing, keep)
+        _be_daemon(daemon, writing, keep, own_session)
     os.close(writing)
     said, asked, ended = _wait_for_report(reading, pid, heeds_signals=not stays)
     if not ended:
@@ -156,12 +157,15 @@ def _be_daemon(
     daemon: Callable[[Reporter], int],
     pipe: int,
     keep: Collection[int],
+    own_session: bool,
     kind: type[Reporter] = Reporter,
 ) -> NoReturn:
     """Run *daemon* in the forked process, and end the process. Never returns."""
     code = 1
     try:
         _detach(pipe, keep)
+        if own_session:
+            os.setsid()
         reporter = kind(pipe)
         try:
             code = _interruptible(daemon, reporter)
@@ -195,7 +199,6 @@ def _detach(pipe: int, keep: Collection[int]) -> None:
         if fd > 2 and fd != pipe and fd not in keep:
             with suppress(OSError):  # the descriptor of this listing, closed by now
                 os.close(fd)
-    os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.chdir("/")
 

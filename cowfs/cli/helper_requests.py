@@ -18,6 +18,7 @@ from cowfs.linux.files import syncfs
 from cowfs.linux.places import Places
 from cowfs.linux.sleep import Disks
 from cowfs.linux.sockets import SYSLOG
+from cowfs.mountpoint import is_automounted
 from cowfs.store.e2fsprogs import tools
 
 Request = dict[str, Any]
@@ -40,7 +41,11 @@ class HelperRequests:
         inline = {"mount": self.mount, "store": self.store, "is_mounted": self.is_mounted}
         waiting = {"answers": self.answers, "sync": self.sync, "drop": self.drop, "unmount": self.unmount}
         asking = {"places": self.places, "loops": self.loops, "wake": self.wake, "syslog": self.syslog}
-        helper_process.start({**inline, **waiting, **asking, "run": self.run}, inline=inline)
+        helper_process.start(
+            {**inline, **waiting, **asking, "run": self.run},
+            inline=inline,
+            own_session=not is_automounted(self._mountpoint),
+        )
 
     def mount(self, request: Request, fds: list[int]) -> Reply:
         """Mount the FUSE device *fds*, once; return its device number.

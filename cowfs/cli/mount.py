@@ -160,7 +160,7 @@ def start(
     a lower.
     """
     from cowfs.layers.slow import must_stay_open
-    from cowfs.mountpoint import check_mountpoint, check_places, hides_its_store
+    from cowfs.mountpoint import check_mountpoint, check_places, hides_its_store, is_automounted
 
     _check_system()
     _raise_file_limit()
@@ -190,7 +190,9 @@ def start(
         if must_stay_open():
             leave(code)
         return code
-    return run_in_background(daemon, _handed_over(mountpoint), is_last=is_last)
+    return run_in_background(
+        daemon, _handed_over(mountpoint), is_last=is_last, own_session=not is_automounted(mountpoint)
+    )
 
 
 def _must_be_on_a_device(store: str) -> None:

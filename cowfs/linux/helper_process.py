@@ -69,9 +69,9 @@ def current() -> Outside | None:
     return _current
 
 
-def start(errands: Mapping[str, Errand], inline: Collection[str]) -> Outside:
-    """Fork the helper that runs *errands*. It runs those of *inline* itself, so that all later ones see the
-    effect.
+def start(errands: Mapping[str, Errand], inline: Collection[str], *, own_session: bool) -> Outside:
+    """Fork the helper that runs *errands*, in its *own_session*. It runs those of *inline* itself, so that
+    all later ones see the effect.
 
     Call it while the process has one thread. From now on :func:`current` returns it.
     """
@@ -82,7 +82,7 @@ def start(errands: Mapping[str, Errand], inline: Collection[str]) -> Outside:
     pid = os.fork()
     if pid == 0:
         try:
-            _serve(theirs, errands, inline)
+            _serve(theirs, errands, inline, own_session)
         finally:
             os._exit(0)
     theirs.close()
@@ -98,9 +98,13 @@ def end() -> None:
         _current = None
 
 
-def _serve(connection: socket.socket, errands: Mapping[str, Errand], inline: Collection[str]) -> None:
+def _serve(
+    connection: socket.socket, errands: Mapping[str, Errand], inline: Collection[str], own_session: bool
+) -> None:
     """Serve requests until the daemon has ended."""
     _detach_from_daemon(connection.fileno())
+    if own_session:
+        os.setsid()
     while True:
         message, fds, _, _ = socket.recv_fds(connection, _LONGEST, 1 + _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
         if not message:
@@ -130,7 +134,6 @@ def _detach_from_daemon(kept: int) -> None:
         if fd > 2 and fd != kept:
             with suppress(OSError):  # the descriptor of this listing, closed by now
                 os.close(fd)
-    os.setsid()
     os.chdir("/")
     hold_back()
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
