@@ -27,6 +27,13 @@ def commands(environment: dict[str, str]) -> dict[str, list[str]]:
         words = [
             re.sub(r"\$\{(\w+)\}", lambda match: environment[match[1]], word) for word in shlex.split(line)
         ]
+        if key == "ExecStopPost":  # a shell command
+            found[key] = [
+                "sh",
+                "-c",
+                words[2].replace("$$", "$").replace("/usr/bin/cowfs", shlex.join(COWFS)),
+            ]
+            continue
         assert words[0] == "/usr/bin/cowfs"
         found[key] = [*COWFS, *words[1:]]
     return found
@@ -69,6 +76,24 @@ def test_ready_when_it_answers_and_clean_when_it_has_stopped(tmp_path: Path) -> 
             service.wait(30)
     assert cowfs("check", "-n", store).returncode == 0
     assert run("debugfs", "-R", "cat /upper/new", store).stdout == "y"
+
+
+@needs_root
+@needs_fuse
+@pytest.mark.parametrize("ended", ["killed", "exited"])
+def test_a_killed_daemon_leaves_no_dead_mount(tmp_path: Path, ended: str) -> None:
+    """After any other end, what is mounted there is not the unit's."""
+    (tmp_path / "lower").mkdir()
+    place = tmp_path / "merged tree"
+    place.mkdir()
+    settings = example() | {"LOWER": str(tmp_path / "lower"), "STORE": "memory", "MOUNTPOINT": str(place)}
+    cowfs("mount", tmp_path / "lower", place, check=True)
+    try:
+        run(*commands(settings)["ExecStopPost"], env={**os.environ, **settings, "EXIT_CODE": ended})
+        assert is_mounted(place) == (ended == "exited")
+    finally:
+        if is_mounted(place):
+            force_umount(place)
 
 
 def test_the_example_sets_what_the_unit_wants() -> None:
