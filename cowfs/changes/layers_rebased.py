@@ -33,6 +33,8 @@ def steps(layers: Layers, upper: Key) -> list[Step]:
     StoreError."""
     known = layers.all()
     wanted: dict[int, tuple[int, ...]] = {UPPER: layers.below(upper)}
+    if any(number not in known for number in wanted[UPPER]):
+        layers.frozen(upper)  # says which one is missing
     for one in known.values():
         if not one.name:
             continue
@@ -42,6 +44,9 @@ def steps(layers: Layers, upper: Key) -> list[Step]:
     for below in list(wanted.values()):
         for number in below:
             wanted[number] = known[number].below
+    for number, below in wanted.items():
+        if number in below:
+            layers.under(known[number])  # says so
     standing: dict[int, int] = {}
     for below in wanted.values():
         for number in below[:1]:

@@ -96,7 +96,14 @@ def test_a_users_store(nobody_path: Path, fakeroot: bool) -> None:
 
 
 @needs_root
-def test_a_store_without_a_layer_of_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("below", "why"),
+    [
+        (b"7", "an incomplete store: cowfs/layers/7 is missing"),
+        (b"2", "damaged: cowfs/layers/2 is below itself"),
+    ],
+)
+def test_a_store_without_a_layer_of_a_checkpoint(tmp_path: Path, below: bytes, why: str) -> None:
     """Only the checkpoint that nothing else is above needs it, so the store can be used otherwise."""
     old, store = tmp_path / "old", tmp_path / "store"
     old.mkdir()
@@ -105,11 +112,24 @@ def test_a_store_without_a_layer_of_a_checkpoint(tmp_path: Path) -> None:
             (here.path / name).touch()
             cowfs("checkpoint", here.path, name, check=True)
         cowfs("rollback", here.path, "one", check=True)
-    os.setxattr(store / "cowfs/layers/2", "trusted.overlay.cowfs.below", b"7")
+    os.setxattr(store / "cowfs/layers/2", "trusted.overlay.cowfs.below", below)
     done = cowfs("rebase", store, "--onto", old)
     assert done.returncode == 32
-    assert "an incomplete store: cowfs/layers/7 is missing" in done.stderr
+    assert why in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@needs_root
+def test_a_store_that_is_said_to_be_above_a_layer(tmp_path: Path) -> None:
+    """Its header knows nothing of checkpoints; who made it has only set the attribute."""
+    old, store = tmp_path / "old", tmp_path / "store"
+    old.mkdir()
+    with mounted(old, tmp_path / "mnt", store) as here:
+        (here.path / "file").touch()
+    os.setxattr(store / "upper", "trusted.overlay.cowfs.below", b"7")
+    done = cowfs("rebase", store, "--onto", old)
+    assert done.returncode == 32
+    assert "an incomplete store: cowfs/layers/7 is missing" in done.stderr, done.stderr
 
 
 @needs_root

@@ -139,7 +139,12 @@ class Layers:
         return self._found(self.below(upper))
 
     def under(self, checkpoint: Checkpoint) -> list[Checkpoint]:
-        """Return a checkpoint and the layers below it, topmost first. StoreError if one is missing."""
+        """Return a checkpoint and the layers below it, topmost first. StoreError if one is missing, or the
+        checkpoint is one of them."""
+        if checkpoint.number in checkpoint.below:
+            raise StoreError(
+                f"{self._layer.name}: damaged: cowfs/layers/{checkpoint.number} is below itself", _BACK
+            )
         return [checkpoint, *self._found(checkpoint.below)]
 
     def beside(self, upper: Key) -> list[Key]:
