@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.store.format.foreign import pair_in
 from tests.mount.test_export import script
 from tests.support.mounts import cowfs, force_umount, mounted
 from tests.support.system import needs_fuse, needs_root, run
@@ -148,3 +149,11 @@ def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
     assert (damaged.returncode in {2, 32}, damaged.stderr.count("\n")) == (True, 1)
     assert re.search("encrypted|LUKS|cryptsetup", damaged.stderr)
     shutil.rmtree(tmp_path / "cow")
+
+
+def test_the_upper_of_fedora_alone_names_the_work_dir_beside_it(tmp_path: Path) -> None:
+    upper, work = tmp_path / "overlay-F41-0123-4567", tmp_path / "ovlwork"
+    upper.mkdir()
+    assert pair_in(str(upper)) is None
+    work.mkdir()
+    assert pair_in(str(upper)) == (str(upper), str(work))
