@@ -137,11 +137,14 @@ def _from_lower(fs: OverlayFs, parent: Node, name: bytes, found: list[Hit]) -> t
         attr, ino = _seen_frozen(fs, found)
     else:
         ino = fs.ino_of(layer + 1, fs.lowers[layer].dev, attr)
-    if attr.st_nlink > 1 and fs.indexed and not stat.S_ISDIR(attr.st_mode) and fs.nodes.get(ino) is None:
-        index = fs.find_in_index(fs.lowers[layer].handle(key))
+    if attr.st_nlink > 1 and fs.indexed and not stat.S_ISDIR(attr.st_mode):
+        index = _unknown_in_index(fs, ino, (layer, key), attr)
         if index is not None:
             if stat.S_IFMT(index[1].st_mode) != stat.S_IFMT(attr.st_mode):
                 raise os_error(errno.EIO, name)  # a forged index (ovl_lookup_index)
+            known = fs.nodes.get(fs.strange_ino(-1, attr.st_dev, attr.st_ino)) if layer < 0 else None
+            if known is not None and known.upper is not None and _is_itself(fs, known, index[1]):
+                return _another_name(fs, known, parent, name, index[0], (), index[1])
             return _from_upper(fs, parent, name, *index, attr.st_nlink)
     if len(found) == 1 and not stat.S_ISDIR(attr.st_mode) and fs.nodes.get(ino) is None:
         number = in_number(layer, key)
@@ -153,6 +156,16 @@ def _from_lower(fs: OverlayFs, parent: Node, name: bytes, found: list[Hit]) -> t
     if len(found) > 1 and not node.is_dir:
         attr = fs.stat(node)  # the layer below says how much data there is
     return node, attr
+
+
+def _unknown_in_index(fs: OverlayFs, ino: int, place: Place, attr: Attr) -> tuple[Key, Attr] | None:
+    """Return what the index has for a hard link of a lower, unless its node is known by its number."""
+    layer, key = place
+    known = fs.nodes.get(ino)
+    if known is not None and (layer >= 0 or known.dead or _same(fs, known, None, (place,), attr)):
+        return None
+    # A known node may have the number of an inode whose layer was removed, and which this one succeeds.
+    return fs.find_in_index(fs.lowers[layer].handle(key))
 
 
 def _seen_frozen(fs: OverlayFs, found: list[Hit]) -> tuple[Attr, int]:
