@@ -89,7 +89,6 @@ class Entry:
         entry._change = replace(change, path=b"")
 
     def below(self) -> Iterator[Change]:
-        """Yield the changes below."""
         waiting = [*reversed(self.children.values())]
         while waiting:
             entry = waiting.pop()

@@ -38,7 +38,6 @@ class MountedTree:
         self._ways = beneath.guarded(self._way[0][1])
 
     def close(self) -> None:
-        """Close it."""
         while self._way:
             os.close(self._way.pop()[1])
 

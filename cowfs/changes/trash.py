@@ -275,7 +275,6 @@ class Log:
             end = start
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -203,7 +203,6 @@ def _unshare(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
 
 
 def _paths(lowers: Iterable[str]) -> list[str]:
-    """Return the paths that are not URLs."""
     return [lower for lower in lowers if not is_url(lower)]
 
 

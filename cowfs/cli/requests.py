@@ -21,7 +21,6 @@ class Operation:
     """The number of answers by their duration. Empty for operations without an answer."""
 
     def __sub__(self, before: Operation) -> Operation:
-        """Return the requests since *before*."""
         durations = {
             range_: count - before.durations.get(range_, 0) for range_, count in self.durations.items()
         }

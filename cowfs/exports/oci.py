@@ -214,7 +214,6 @@ class Gzip:
         self._deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
 
     def write(self, data: bytes) -> None:
-        """Compress *data*."""
         self._digest.update(data)
         self._blob.write(self._deflate.compress(data))
 

@@ -9,7 +9,6 @@ Place = tuple[Node | None, bytes]
 
 
 def join(place: Place) -> bytes:
-    """Return the path of a place."""
     directory, name = place
     above = path_of(directory) if directory is not None else b""
     return above + b"/" + name if above else name

@@ -122,7 +122,6 @@ class Request(NamedTuple):
 
 
 def attributes(attr: Attr) -> bytes:
-    """Return a fuse_attr."""
     times = [divmod(time, 10**9) for time in (attr.st_atime_ns, attr.st_mtime_ns, attr.st_ctime_ns)]
     return ATTR.pack(
         *(attr.st_ino, attr.st_size, attr.st_blocks),

@@ -387,15 +387,7 @@ class QuickUpper(UpperLayer, Protocol):
         ...
 
 
-class Transactional(Protocol):
-    """A layer that can write several changes to disk in one step."""
-
-    def together(self) -> AbstractContextManager[object]:
-        """Write the changes in the block to disk together or not at all. Only for a few quick changes."""
-        ...
-
-
 def together(layer: UpperLayer) -> AbstractContextManager[object]:
-    """Return the layer's :meth:`Transactional.together`, or a block that does nothing if it has none."""
+    """Return a block whose few quick changes go to disk together or not at all, if the layer can do that."""
     begin: Callable[[], AbstractContextManager[object]] | None = getattr(layer, "together", None)
     return nullcontext() if begin is None else begin()

@@ -127,7 +127,6 @@ class Answers:
         self._known: Learnt = {}
 
     def add(self, learnt: Learnt) -> None:
-        """Add answers."""
         self._known.update(learnt)
 
     @contextmanager

@@ -91,7 +91,6 @@ def start(errands: Mapping[str, Errand], inline: Collection[str], *, own_session
 
 
 def end() -> None:
-    """End the helper, if there is one."""
     global _current  # noqa: PLW0603
     if _current is not None:
         _current.close()

@@ -89,7 +89,6 @@ class Handle:
         # The last user closes a file that has a descriptor, so that none stays open unused.
 
     def close(self) -> None:
-        """Close all files."""
         _close(self.file, self.reader)
         for file, reader in self._retired:
             _close(file, reader)

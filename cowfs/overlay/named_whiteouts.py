@@ -93,7 +93,6 @@ class NamedWhiteouts(Reworded):
         return self.inner.lookup(directory, name)
 
     def _whiteout(self, directory: Key, name: bytes) -> tuple[Whiteout, Attr] | None:
-        """Return the whiteout of a name."""
         try:
             found = self._lookup(directory, PREFIX + name)
         except OSError as failure:

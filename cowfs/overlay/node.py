@@ -141,7 +141,6 @@ class NodeTable:
         return self._by_ino[ino]
 
     def all(self) -> list[Node]:
-        """Return all nodes."""
         return list(self._by_ino.values())
 
     def get(self, ino: int) -> Node | None:

@@ -155,7 +155,6 @@ class Stack:
         """The number of the layer below which there is nothing to be merged."""
 
     def without_modules(self, places: Sequence[Place]) -> tuple[Place, ...]:
-        """Return the places that are not in a module."""
         return tuple(place for place in places if place[0] < self.bound)
 
     def in_order(self) -> list[LowerLayer]:

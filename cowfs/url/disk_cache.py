@@ -226,7 +226,6 @@ class DiskCache:
                 number += _SUMS
 
     def close(self) -> None:
-        """Close it."""
         with suppress(OSError):
             os.utime(self._fd, (time.time(), time.time()))
         os.close(self._fd)

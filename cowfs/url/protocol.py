@@ -52,7 +52,6 @@ class Message(NamedTuple):
     rest: bytes
 
     def json(self) -> dict[str, Any]:
-        """Return the JSON in a message."""
         return dict(json.loads(self.rest))
 
 

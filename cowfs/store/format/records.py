@@ -100,7 +100,6 @@ class Records:
         self._draft = max(fresh, default=None)
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     # --- reading
