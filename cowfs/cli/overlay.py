@@ -13,7 +13,7 @@ import cowfs
 from cowfs.cli import options as mount_options
 from cowfs.cli.output import warn
 from cowfs.errors import UsageError
-from cowfs.overlay.named_whiteouts import OPAQUE_NAME, STYLES, hidden_by
+from cowfs.overlay.named_whiteouts import STYLES
 
 if TYPE_CHECKING:
     from cowfs.fuse.owners import OwnerMap
@@ -38,12 +38,6 @@ _OURS = {
     "redirect_dir": "on: directories of layers can be renamed (off: mv(1) copies them)",
     "xattr_permissions": "only 0 is supported: owners and modes are those of the files",
 }
-_OVERRIDES = (
-    "user.containers.override_stat",  # what force_mask of containers/storage writes
-    "user.fuseoverlayfs.override_stat",
-    "security.fuseoverlayfs.override_stat",
-)
-"""Attributes with the owner, mode and type that fuse-overlayfs shows for a file."""
 _PASSED = {"io_uring", "passthrough", "log", "debug", "fsname"}
 _QUIET = {
     "index", "xino", "userxattr", "nfs_export", "uuid", "context", "fscontext", "defcontext", "rootcontext",
@@ -145,6 +139,7 @@ def _is_on(words: dict[str, str], name: str, default: str) -> bool:
 
 def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
     """Return what to merge. UsageError for options that exclude each other."""
+    from cowfs.store.format.foreign import named_whiteout
     from cowfs.union import UnionOptions
 
     lowers, data_only = mount_options.split_layers(_between_colons(words.get("lowerdir", "")))
@@ -165,7 +160,7 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
     # A layer of an image, as podman unpacks it, has whiteouts by name, and a write could change what its
     # digest is of. In an upper that was written through cowfs such names are files, as for the kernel.
     names_are_files = not upper or style == "overlayfs" or _was_written(_plain(work))
-    named = None if names_are_files else _named_whiteout(_plain(upper))
+    named = None if names_are_files else named_whiteout(_plain(upper))
     if named is not None:
         warn(
             f"{named}: a whiteout by name in upperdir: mounted read-only (whiteouts=overlayfs reads no names)"
@@ -198,7 +193,9 @@ def _must_be_plain(layer: str) -> None:
 
     Like fuse-overlayfs, it looks at the root of the layer only.
     """
-    for name in _OVERRIDES:
+    from cowfs.store.format.foreign import OVERRIDES
+
+    for name in OVERRIDES:
         with suppress(OSError):  # it has none, or is missing, which the mount reports
             os.getxattr(layer, name)
             raise UsageError(
@@ -223,15 +220,6 @@ def _was_written(work: str) -> bool:
     from cowfs.store.format.layout import HEADER, PRIVATE
 
     return os.path.exists(os.path.join(work, os.fsdecode(PRIVATE), os.fsdecode(HEADER)))
-
-
-def _named_whiteout(upper: str) -> str | None:
-    """Return the path of a whiteout by name (of a name, or of all below) in a tree; None if it has none."""
-    for directory, _, files in os.walk(upper):
-        for name in map(os.fsencode, files):
-            if name == OPAQUE_NAME or hidden_by(name) is not None:
-                return os.path.join(directory, os.fsdecode(name))
-    return None
 
 
 def _plain(path: str) -> str:

@@ -27,6 +27,7 @@ PAIRS = {
     "fedora": ("overlay-F41-0123-4567", "ovlwork", ""),
     "fedora-image": ("overlayfs", "ovlwork", ""),
     "opensuse": ("rw", "work", ""),
+    "container": ("diff", "work", ""),
 }
 
 
@@ -38,10 +39,10 @@ def kernel_mount(lower: Path, upper: Path, work: Path, mnt: Path) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("fedora", "debian-more"),
+        *("fedora", "debian-more", "container"),
         *(
             pytest.param(k, marks=pytest.mark.nightly)
-            for k in sorted(PAIRS.keys() - {"fedora", "debian-more"})
+            for k in sorted(PAIRS.keys() - {"fedora", "debian-more", "container"})
         ),
     ],
 )
@@ -55,6 +56,9 @@ def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
     beside = {"debian-more": ("home", "config/etc"), "debian-source": ("home", "all/srv/rw")}
     for name in (upper, work, *beside.get(kind, ())):
         (place / name).mkdir(parents=True)
+    if kind == "container":
+        (place / "link").write_text("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        (place / "lower").write_text("l/ZYXWVUTSRQPONMLKJIHGFEDCBA")
     if configuration:
         (place / "persistence.conf").write_text(configuration)
     kernel_mount(lower, place / upper, place / work, mnt)
@@ -133,6 +137,17 @@ def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
     assert f"{new}/live: No such file or directory" in refused(new)
     (new / "persistence.conf").write_text("/ union\n")
     assert f"without changes yet (to use it as a store: mkdir {new}/rw {new}/work)" in refused(new)
+    layers = tmp_path / "overlay"
+    layer = layers / "0123/diff/d"
+    for each in (layer, layers / "0123/work"):
+        each.mkdir(parents=True)
+    (layers / "0123/link").write_text("ABC")
+    assert f"holds the layer of a container (give {layers}/0123 as the store)" in refused(layers)
+    (layer / ".wh.gone").touch()
+    told = f"{layer}/.wh.gone: a whiteout by name, as fuse-overlayfs writes it (use it as a lower: "
+    assert told + f"cowfs mount {layer.parent}:LOWER DIR -o whiteouts=auto" in refused(layers / "0123")
+    os.setxattr(layer.parent, "user.fuseoverlayfs.override_stat", b"0:0:40755")
+    assert "(user.fuseoverlayfs.override_stat), which cowfs does not read (" in refused(layer.parent)
     image = tmp_path / "persistence"
     (home / "persistence.conf").write_text("/ union\n")
     with open(image, "wb") as file:

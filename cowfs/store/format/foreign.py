@@ -7,9 +7,11 @@ Slax, MiniOS        ``changes`` and ``workdir`` or ``work``
 casper (Ubuntu)     ``upper`` and ``work``
 openSUSE (kiwi)     ``rw`` and ``work``
 Fedora (dracut)     ``overlayfs`` and ``ovlwork``; or ``overlay-LABEL-UUID`` and ``ovlwork`` in ``LiveOS``
+Podman, Docker      ``diff`` and ``work`` beside ``link``, in the directory of a container's layer
 ==================  ==========================================================================
 
-All of these use the kernel's overlayfs, and cowfs uses their pair of directories as it is.
+All of these use the kernel's overlayfs, and cowfs uses their pair of directories as it is. Podman may also
+use fuse-overlayfs, whose own forms of whiteouts and owners cannot be written: see :func:`refuse_other_forms`.
 :mod:`cowfs.overlay.aufs` recognises stores of aufs (Puppy's save files, Porteus).
 """
 
@@ -24,7 +26,7 @@ from typing import NamedTuple
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.linux.files import open_ordinary
-from cowfs.overlay.named_whiteouts import BRANCH_NAMES
+from cowfs.overlay.named_whiteouts import BRANCH_NAMES, OPAQUE_NAME, hidden_by
 
 _PAIRS = (
     (b"upperdir", b"workdir", "archiso's cowspace"),
@@ -36,6 +38,15 @@ _PAIRS = (
 )
 _FEDORA_WORK, _FEDORA_UPPER = b"ovlwork", b"overlay-"
 """The work dir in LiveOS, and the prefix of the upper beside it. Source: dmsquash-live-root.sh of dracut."""
+_LAYER, _LAYER_WORK, _LAYER_NAME = b"diff", b"work", b"link"
+_OF_A_LAYER = {_LAYER, _LAYER_WORK, _LAYER_NAME, b"lower", b"merged", b"committed"}
+"""What containers/storage and Docker (overlay2) keep of each layer. Source: their overlay.go."""
+OVERRIDES = (
+    "user.containers.override_stat",  # what force_mask of containers/storage writes
+    "user.fuseoverlayfs.override_stat",
+    "security.fuseoverlayfs.override_stat",
+)
+"""Attributes with the owner, mode and type that fuse-overlayfs shows for a file."""
 _CONTAINER = b"changes.dat"
 """The first file, or the prefix of the files, in which DynFileFS keeps the changes of Slax and MiniOS."""
 _DYNFILEFS = "dynfilefs -f {} -m DIR; mount -o loop DIR/virtual.dat DIR2, and give DIR2"
@@ -64,7 +75,7 @@ def pair_in(path: str) -> Pair | None:
         names = {os.fsencode(name) for name in os.listdir(path)}
     except OSError:
         return None
-    pair = _of_fedora(os.path.abspath(path), names)
+    pair = _of_fedora(os.path.abspath(path), names) or _of_container(os.path.abspath(path), names)
     if pair is not None or names & {b"upper"}:
         return pair
     beside = _BESIDE
@@ -99,6 +110,46 @@ def _of_fedora(path: str, names: set[bytes]) -> Pair | None:
             return None
         pair = Pair(os.path.join(path, uppers[0]), os.path.join(path, os.fsdecode(_FEDORA_WORK)))
     return pair if all(map(_is_directory, pair)) and _is_work_dir(pair.work) else None
+
+
+def _of_container(path: str, names: set[bytes]) -> Pair | None:
+    """Return the pair of a container's layer, given its directory or the upper in it."""
+    above, name = os.path.split(path)
+    if os.fsencode(name) == _LAYER and os.path.isfile(os.path.join(above, os.fsdecode(_LAYER_NAME))):
+        path, names = above, {os.fsencode(one) for one in os.listdir(above)}
+    if not {_LAYER, _LAYER_WORK, _LAYER_NAME} <= names <= _OF_A_LAYER:
+        return None
+    pair = Pair(os.path.join(path, os.fsdecode(_LAYER)), os.path.join(path, os.fsdecode(_LAYER_WORK)))
+    return pair if all(map(_is_directory, pair)) and _is_work_dir(pair.work) else None
+
+
+def refuse_other_forms(pair: Pair) -> None:
+    """StoreError if fuse-overlayfs wrote to a container's layer in its own forms. Blocks; reads it whole.
+
+    The forms are owners and modes in attributes (of which it looks at the root only), and whiteouts by name.
+    """
+    if os.path.basename(pair.upper) != os.fsdecode(_LAYER):
+        return
+    as_lower = f"use it as a lower: cowfs mount {pair.upper}:LOWER DIR -o whiteouts=auto --store STORE"
+    for name in OVERRIDES:
+        with suppress(OSError):
+            os.getxattr(pair.upper, name, follow_symlinks=False)
+            raise StoreError(
+                f"{pair.upper}: keeps owners and modes in attributes ({name}), which cowfs does not read",
+                "use fuse-overlayfs",
+            )
+    where = named_whiteout(pair.upper)
+    if where is not None:
+        raise StoreError(f"{where}: a whiteout by name, as fuse-overlayfs writes it", as_lower)
+
+
+def named_whiteout(upper: str) -> str | None:
+    """Return the path of a whiteout by name (of a name, or of all below) in a tree; None if it has none."""
+    for directory, _, files in os.walk(upper):
+        for name in map(os.fsencode, files):
+            if name == OPAQUE_NAME or hidden_by(name) is not None:
+                return os.path.join(directory, os.fsdecode(name))
+    return None
 
 
 def _is_directory(path: str) -> bool:
@@ -216,6 +267,8 @@ def _pairs_below(layer: UpperLayer) -> Iterator[tuple[bytes, str]]:
         for upper, work, whose in _PAIRS:
             if path and {upper, work} <= entries.keys():
                 yield path, whose
+        if path and {_LAYER, _LAYER_WORK, _LAYER_NAME} <= entries.keys():
+            yield path, "the layer of a container"
         if _FEDORA_WORK in entries and any(name.startswith(_FEDORA_UPPER) for name in entries):
             yield path, "the overlay of a Fedora live system"
         if path and not entries.keys().isdisjoint(BRANCH_NAMES):

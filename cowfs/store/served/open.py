@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.store.e2fsprogs.tools import Progress, quiet
-from cowfs.store.format.foreign import pair_in
+from cowfs.store.format.foreign import pair_in, refuse_other_forms
 from cowfs.store.format.sniff import looks_like_image, split_subdir
 from cowfs.store.served.directory import open_apart, open_directory
 from cowfs.store.served.image import open_image
@@ -71,6 +71,7 @@ def open_store(
             return open_image(path, want)
         pair = pair_in(path)
         if pair is not None:
+            refuse_other_forms(pair)
             return open_apart(pair.upper, pair.work, want)
         if os.path.isdir(path) or (not os.path.lexists(path) and not looks_like_image(spec)):
             return open_directory(path, want)
