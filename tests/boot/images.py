@@ -44,7 +44,9 @@ PATH=/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 out() { echo "TEST $*" >/dev/console; }
 finish() { cd / && exec /run/initramfs/shutdown "${1:-poweroff}"; }
-. /sys/firmware/qemu_fw_cfg/by_name/opt/test/raw >/dev/console 2>&1
+script=/sys/firmware/qemu_fw_cfg/by_name/opt/test/raw
+[ -e $script ] || script=/dev/ubdp # user-mode Linux has no firmware
+. $script >/dev/console 2>&1
 finish
 """
 _INITTAB = """\
@@ -54,7 +56,7 @@ _INITTAB = """\
 
 
 @contextmanager
-def _alone(what: str) -> Iterator[None]:
+def alone(what: str) -> Iterator[None]:
     """Keep other test processes from making the same thing at the same time."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{what}.lock").open("w") as lock:
@@ -72,7 +74,7 @@ def kernel(package: str = KERNEL_PACKAGE) -> tuple[Path, Path, str]:
         return kernel()
     name = "kernel" if package == KERNEL_PACKAGE else package
     place = CACHE / name
-    with _alone(name):
+    with alone(name):
         if not list(place.glob("boot/vmlinuz-*")):
             partial = CACHE / f"{name}.new"
             shutil.rmtree(partial, ignore_errors=True)
@@ -253,7 +255,7 @@ def debian(tree: Path, kind: str, packages: Iterable[str], *debootstrap: str) ->
     What packages were fetched with is not in it, so that its image is small.
     """
     kept = CACHE / kind
-    with _alone(kind):
+    with alone(kind):
         if not kept.exists():
             bootstrap(release(), kept, packages, *debootstrap)  # with this machine's cowfs, so of its release
     run("cp", "-a", kept, tree, timeout=300)

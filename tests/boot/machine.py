@@ -53,18 +53,7 @@ class Machine:
         self._monitor_path = log.with_suffix(".monitor")
         script = log.with_suffix(".sh")
         script.write_text(test)
-        # On a busy machine without KVM the timer is late, and the kernel's check of it panics.
-        line = f"console=ttyS0 quiet panic=1 no_timer_check {options}"
-        loaded = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", line)
-        command = [
-            *(QEMU, "-M", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max"),
-            *("-smp", "2", "-m", str(memory), "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-no-reboot", *(loaded if kernel is not None else ("-boot", "d"))),
-            *("-serial", "stdio", "-monitor", f"unix:{self._monitor_path},server=on,wait=off"),
-            *("-fw_cfg", f"name=opt/test,file={script}"),
-            *("-device", "qemu-xhci,id=usb", "-device", "virtio-scsi-pci,id=scsi"),
-            *devices,
-        ]
+        command = self._command(kernel, initramfs, script, options, devices, memory)
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             ["nice", "-n", "5", *command],
@@ -74,6 +63,28 @@ class Machine:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _command(
+        self,
+        kernel: Path | None,
+        initramfs: Path,
+        script: Path,
+        options: str,
+        devices: Sequence[str],
+        memory: int,
+    ) -> list[str]:
+        # On a busy machine without KVM the timer is late, and the kernel's check of it panics.
+        line = f"console=ttyS0 quiet panic=1 no_timer_check {options}"
+        loaded = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", line)
+        return [
+            *(QEMU, "-M", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max"),
+            *("-smp", "2", "-m", str(memory), "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-no-reboot", *(loaded if kernel is not None else ("-boot", "d"))),
+            *("-serial", "stdio", "-monitor", f"unix:{self._monitor_path},server=on,wait=off"),
+            *("-fw_cfg", f"name=opt/test,file={script}"),
+            *("-device", "qemu-xhci,id=usb", "-device", "virtio-scsi-pci,id=scsi"),
+            *devices,
+        ]
 
     def __enter__(self) -> Machine:
         return self
