@@ -8,7 +8,8 @@ all() {
         ! -name __pycache__ ! -name '*.pyc' ! -name ld.so.cache -print | sort
 }
 scripts/setup --packages
-DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends attr # the documents use it
+# The documents use them.
+DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends attr squashfs-tools-ng
 all >/tmp/before
 make install
 all >/tmp/with
