@@ -330,15 +330,21 @@ def is_flaggable(layer: UpperLayer) -> TypeGuard[Flaggable]:
 
 
 class TakesWhole(UpperLayer, Protocol):
-    """An upper layer that can create a complete file in one step."""
+    """An upper layer that can create a complete file or directory in one step."""
 
     def copy_in(
-        self, directory: Key, name: bytes, attr: Attr, data: bytes, xattrs: Sequence[tuple[bytes, bytes]]
+        self,
+        directory: Key,
+        name: bytes,
+        attr: Attr,
+        data: bytes | None,
+        xattrs: Sequence[tuple[bytes, bytes]],
     ) -> Key:
-        """Create a regular file with these *data*, mode, owner, times and *xattrs* (no ACLs).
+        """Create a regular file or directory with this mode, owner, times and *xattrs* (no ACLs).
 
-        After a crash, it is complete or does not exist. It inherits nothing from the directory, whose mtime
-        does not change. EEXIST. *data* are at most a few hundred KiB.
+        *data* are those of the file, at most a few hundred KiB. With None, a file has the size in *attr* and
+        no data, as a hole. After a crash, it is complete or does not exist. It inherits nothing from the
+        directory, whose mtime does not change. EEXIST.
         """
         ...
 

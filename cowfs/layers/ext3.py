@@ -114,12 +114,18 @@ class Ext3Layer(Ext3Reader):
         return is_nameless
 
     def copy_in(
-        self, directory: int, name: bytes, attr: Attr, data: bytes, xattrs: Sequence[tuple[bytes, bytes]]
+        self,
+        directory: int,
+        name: bytes,
+        attr: Attr,
+        data: bytes | None,
+        xattrs: Sequence[tuple[bytes, bytes]],
     ) -> Key:
         self._names_for(directory, name)
-        owner = attr.st_uid, attr.st_gid
-        times = attr.st_atime_ns, attr.st_mtime_ns
-        key = Key(self.image.copy(directory, name, (attr.st_mode, *owner), times, data, xattrs))
+        mode = attr.st_mode
+        fields, times = (mode, attr.st_uid, attr.st_gid), (attr.st_atime_ns, attr.st_mtime_ns)
+        hole = attr.st_size if stat.S_ISREG(mode) else 0
+        key = Key(self.image.copy(directory, name, fields, times, hole if data is None else data, xattrs))
         for attribute, _ in xattrs:
             self._capabilities.noted(attribute)
         return key
@@ -146,7 +152,11 @@ class Ext3Layer(Ext3Reader):
         names = self._names_for(directory, name)
         inherit = names.more or self._what_is_inherited(directory, names)
         if inherit is _NOTHING:
-            return Key(self.image.create(directory, name, mode, uid, gid, rdev, target))
+            key = Key(self.image.create(directory, name, mode, uid, gid, rdev, target))
+            made = self.image.known(key) if stat.S_ISDIR(mode) else None
+            if made is not None:
+                made.more = _NOTHING
+            return key
         assert isinstance(inherit, _Inherit)
         if inherit.gid >= 0:
             gid = inherit.gid
@@ -185,7 +195,8 @@ class Ext3Layer(Ext3Reader):
         inode = self.image.getattr(directory)
         default = b""
         with suppress(OSError):
-            default = self.image.getxattr(directory, acl.DEFAULT)
+            if acl.DEFAULT in self.image.listxattr(directory):
+                default = self.image.getxattr(directory, acl.DEFAULT)
         gid = inode.gid if inode.mode & stat.S_ISGID else -1
         inherit = _NOTHING if gid < 0 and not default else _Inherit(gid, default)
         names.more = inherit

@@ -20,7 +20,7 @@ from cowfs.overlay.fs import OverlayFs, Steps
 from cowfs.overlay.install import install, place_of, set_upper, show_to_handles
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import copy_attributes, read_original
-from cowfs.overlay.whole import copy_whole
+from cowfs.overlay.whole import copy_directory, copy_whole
 from cowfs.overlay.work import made_aside
 from cowfs.overlay.xattr_format import METACOPY, make_nlink, parse_count
 from cowfs.types import Attr
@@ -324,14 +324,18 @@ def _parents(fs: OverlayFs, node: Node) -> None:
 def _copy_up_directory(fs: OverlayFs, node: Node) -> None:
     layer, key = node.lowers[0]
     attr = fs.lowers[layer].stat(key)
+    node.upper = copy_directory(fs, node, attr) or _make_directory(fs, node, attr)
+    if not node.dead:
+        fs.covers(node.parent)
+
+
+def _make_directory(fs: OverlayFs, node: Node, attr: Attr) -> Key:
     original = read_original(fs, node, attr)
     with made_aside(fs, directory=True) as temporary:
         made = fs.upper.mkdir(fs.work, temporary, 0o700, attr.st_uid, attr.st_gid)
         copy_attributes(fs, made, original)
         install(fs, node, None if node.dead else place_of(fs, node), made, temporary, original)
-    node.upper = made
-    if not node.dead:
-        fs.covers(node.parent)
+    return made
 
 
 def _copy_up_inode(fs: OverlayFs, node: Node, attr: Attr) -> None:

@@ -1,4 +1,4 @@
-"""Copy-up of small files in one step, if the upper layer supports it. Most changed files are small.
+"""Copy-up of small files and of directories in one step, if the upper layer supports it.
 
 It creates nothing in the work directory and renames nothing: on disk, the copy is one change.
 """
@@ -10,11 +10,12 @@ import stat
 from contextlib import closing
 
 from cowfs.layers import acl
-from cowfs.layers.base import reads_whole, takes_whole
+from cowfs.layers.base import Key, reads_whole, takes_whole
 from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.install import place_of, set_upper
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import Original, Xattr, read_original
+from cowfs.overlay.xattr_format import IMPURE
 from cowfs.types import Attr
 
 _ATTRIBUTES = 512
@@ -38,6 +39,21 @@ def copy_whole(fs: OverlayFs, node: Node, attr: Attr, size: int) -> bool:
     node.metacopy = False
     set_upper(fs, node, key)
     return True
+
+
+def copy_directory(fs: OverlayFs, node: Node, attr: Attr) -> Key | None:
+    """Copy up a directory with the attributes *attr*, without its names; return its inode in the upper.
+
+    Return None, with nothing changed, if that is not possible. All directories above must be in the upper.
+    """
+    upper = fs.upper
+    if node.dead or not takes_whole(upper):
+        return None
+    xattrs = _xattrs_of(fs, node, read_original(fs, node, attr))
+    if xattrs is None:
+        return None
+    parent, name = place_of(fs, node)
+    return upper.copy_in(parent.upper, name, attr, None, [*xattrs, (fs.format.impure, IMPURE)])
 
 
 def copy_up_small(fs: OverlayFs, node: Node) -> bool:

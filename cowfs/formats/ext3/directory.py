@@ -192,12 +192,22 @@ class Directories:
             for data in self._load(directory):
                 names.update(parse(data))
             names.find_double()
+        self._keep(directory, names)
+        return names
+
+    def made(self, directory: int) -> Names:
+        """Cache the names of a directory that was just created: none yet."""
+        self._by_ino.pop(directory, None)  # a removed directory may have had this number
+        names = Names()
+        self._keep(directory, names)
+        return names
+
+    def _keep(self, directory: int, names: AnyNames) -> None:
         self._by_ino[directory] = names
         self._count += len(names) + _ITSELF
         self._loads += 1
         if self._count > self._most or self._loads % _COUNT_AFTER == 0:
             self._evict()
-        return names
 
     def known(self, directory: int) -> AnyNames | None:
         """Return the names of a directory if they are cached, else None."""

@@ -126,13 +126,13 @@ struct x3_new {
 	struct x3_attr attr;
 };
 
-/* The arguments and results of x3_copy: a regular file with all its attributes. */
+/* The arguments and results of x3_copy: a regular file or a directory, with all its attributes. */
 struct x3_copy {
 	/* in */
-	uint32_t mode, uid, gid;
+	uint32_t mode, uid, gid; /* the mode with its type */
 	int64_t atime_ns, mtime_ns;
-	const char *data;
-	uint64_t size;
+	const char *data;  /* NULL for a file without data, which is one hole */
+	uint64_t size;     /* 0 for a directory */
 	const char *attrs; /* as in x3_new */
 	uint64_t attrs_size;
 	/* out */
@@ -287,8 +287,8 @@ int x3_is_above(x3_image *img, uint32_t ino, uint32_t dir);
 int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_new *new_inode);
 
 /*
- * Make a regular file with data and attributes in one atomic step, and give it a name in *dir*. The mtime of *dir* does
- * not change. The file inherits nothing. *hint* is as for x3_create.
+ * Make a regular file with data and attributes, or an empty directory with attributes, in one atomic step, and give it
+ * a name in *dir*. The mtime of *dir* does not change. The inode inherits nothing. *hint* is as for x3_create.
  */
 int x3_copy(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_copy *copy);
 

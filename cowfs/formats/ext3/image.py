@@ -264,10 +264,7 @@ class Image(Opened):
         if code < 0:
             raise self._failure(code, name)
         ino: int = new.ino
-        place = new.place
-        self._directories.forget(ino)  # a removed directory may have had this number
-        names[name] = entry(ino, mode, place.block, place.offset)
-        names.hint = place.block
+        self._note_new(names, name, ino, mode, new.place)
         return ino
 
     @property
@@ -281,29 +278,39 @@ class Image(Opened):
         name: bytes,
         fields: tuple[int, int, int],
         times: tuple[int, int],
-        data: bytes,
+        data: bytes | int,
         attrs: Xattrs,
     ) -> int:
-        """Create a complete regular file under a new name, in one step; return its number.
+        """Create a complete regular file or directory under a new name, in one step; return its number.
 
         *fields*: mode, owner and group; *times*: atime and mtime in ns. Keeps the mtime of the directory.
+        *data* is that of the file, or the size of a file that is one hole, or 0 for a directory.
         """
         names = self.names(directory)
         new = self._copy
         new.mode, new.uid, new.gid = fields
         new.atime_ns, new.mtime_ns = number_of(times[0]), number_of(times[1])
-        kept, kept_attrs = ffi.from_buffer(CHARS, data), _pack_xattrs(attrs)
-        new.data, new.size = kept, len(data)
+        kept_attrs = _pack_xattrs(attrs)
+        if isinstance(data, int):
+            new.data, new.size = ffi.NULL, data
+        else:
+            kept = ffi.from_buffer(CHARS, data)
+            new.data, new.size = kept, len(data)
         new.attrs, new.attrs_size = kept_attrs, len(kept_attrs)
         code = lib.x3_copy(self.handle, directory, name, len(name), names.hint, new)
         if code < 0:
             raise self._failure(code, name)
         ino: int = new.ino
-        place = new.place
-        self._directories.forget(ino)
-        names[name] = entry(ino, stat.S_IFREG, place.block, place.offset)
-        names.hint = place.block
+        self._note_new(names, name, ino, fields[0], new.place)
         return ino
+
+    def _note_new(self, names: AnyNames, name: bytes, ino: int, mode: int, place: Any) -> None:
+        if stat.S_ISDIR(mode):
+            self._directories.made(ino)
+        else:
+            self._directories.forget(ino)  # a removed directory may have had this number
+        names[name] = entry(ino, mode, place.block, place.offset)
+        names.hint = place.block
 
     def link(self, ino: int, mode: int, directory: int, name: bytes) -> None:
         """Give an inode, whose type is in *mode*, another name, which must not exist."""

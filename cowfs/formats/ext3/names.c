@@ -79,15 +79,19 @@ int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint3
 int x3_copy(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_copy *c)
 {
 	CHANGE (img) {
-		struct x3_new new = { .mode = S_IFREG | (c->mode & 07777), .uid = c->uid, .gid = c->gid };
+		struct x3_new new = { .mode = c->mode, .uid = c->uid, .gid = c->gid };
 		struct inode parent = inode_get(img, dir), in;
 		struct x3_attr before;
 		inode_attr(img, &parent, &before);
 		in = inode_make(img, dir, &new);
 		inode_set_flags(img, &in, 0);
 		c->ino = in.ino;
+		if (S_ISDIR(c->mode))
+			add_links(img, dir, 1);
 		c->place = dir_insert(img, dir, name, len, in.ino, new.mode, hint);
-		for (uint64_t done = 0; done < c->size;)
+		if (!c->data && c->size)
+			data_truncate(img, c->ino, c->size);
+		for (uint64_t done = 0; c->data && done < c->size;)
 			done += data_write(img, c->ino, c->data + done, c->size - done, done, false);
 		set_attrs(img, c->ino, c->attrs, c->attrs_size);
 		in = inode_change(img, c->ino, true);
