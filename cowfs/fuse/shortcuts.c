@@ -271,14 +271,17 @@ bool shortcut_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_i
 	return done;
 }
 
-uint32_t shortcut_copy_up(fuse_ino_t ino)
+uint32_t shortcut_copy_up(fuse_ino_t ino, bool in_place, uint64_t *blocks)
 {
-	PyObject *number = may_change(COPY_UP) ? PyLong_FromUnsignedLong(ino) : NULL;
-	PyObject *result = number ? call(COPY_UP, &number, 1) : NULL;
-	uint32_t inode = result ? (uint32_t)PyLong_AsUnsignedLong(result) : 0;
-
+	*blocks = 0;
+	if (!may_change(COPY_UP))
+		return 0;
+	PyObject *arguments[] = { PyLong_FromUnsignedLong(ino), PyBool_FromLong(in_place) };
+	PyObject *result = call(COPY_UP, arguments, 2);
+	uint64_t found = result ? PyLong_AsUnsignedLongLong(result) : 0;
 	Py_XDECREF(result);
-	return inode;
+	*blocks = found >> 32;
+	return (uint32_t)found;
 }
 
 /* Return data of a small file; NULL if the handler must read it. */

@@ -28,8 +28,9 @@ bool shortcut_opendir(fuse_req_t req, fuse_ino_t ino, const struct fuse_file_inf
 bool shortcut_releasedir(fuse_req_t req, uint64_t number);
 bool shortcut_readdirplus(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset, uint64_t number);
 bool shortcut_fsyncdir(fuse_req_t req, fuse_ino_t ino); /* of a directory that is on disk already */
-/* Copy up a small file of an image below; return its number in the store's image, 0 if that is not done. */
-uint32_t shortcut_copy_up(fuse_ino_t ino);
+/* Copy up a file of an image below: a small one for a write, or, *in_place*, any for a change of owner, mode or times.
+ * Return its number in the store's image, 0 if that is not done. *blocks: those of a metacopy's data, plus 1; or 0. */
+uint32_t shortcut_copy_up(fuse_ino_t ino, bool in_place, uint64_t *blocks);
 bool shortcut_copy(fuse_req_t req); /* a request that came as a read with the handle number BEYOND */
 bool shortcut_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name);
 bool shortcut_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size);

@@ -6,6 +6,7 @@ awaited. Everything else is left to those handlers, including errors, because a 
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.overlay import protect
 from cowfs.overlay.dir import Owner, add_file, remove_file
-from cowfs.overlay.node import APART, LAYER, LAYER_BITS, Node
+from cowfs.overlay.node import APART, LAYER, Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.readdir import Listing, plain_nodes
 from cowfs.overlay.whole import copy_up_small
@@ -185,14 +186,19 @@ class Shortcuts:
     def read(self, ino: int, size: int, offset: int) -> bytes | None:
         """Return data of a small file of an image below. None: ask the handler."""
         node = self._nodes.get(ino)
-        below = None if node is None or node.upper is not None or ino & APART else node.below
-        if not isinstance(below, int):
+        if node is None or ino & APART or not (node.upper is None or _is_whole_metacopy(node)):
             return None
-        layer = self._fs.lowers[below & LAYER]
+        if node.upper is None and not isinstance(node.below, int):
+            return None
+        number, key = node.lowers[-1]
+        layer = self._fs.lowers[number]
         if type(layer) is not SquashfsLayer:  # what wraps one may wait
             return None
         try:
-            return layer.read_small(below >> LAYER_BITS, size, offset, self._is_quiet)
+            data = layer.read_small(key, size, offset, self._is_quiet)
+            if data is not None and node.upper is not None and not libfuse.request()[2] & os.O_NOATIME:
+                self._fs.was_read(node)
+            return data
         except Exception:
             return None
 
@@ -274,16 +280,28 @@ class Shortcuts:
                 space -= _size_of_entry(name)
         return entries
 
-    def copy_up(self, ino: int) -> int:
-        """Copy up a small file of an image below, for a change that C makes. Return its number in the store's
-        image; 0: ask the handler to make the change."""
+    def copy_up(self, ino: int, in_place: bool) -> int:
+        """Copy up a small file of an image below, for a write that C makes; or, *in_place*, a file of any
+        size, for a change of owner, mode or times. Return its number in the store's image; 0: ask the handler
+        to make the change.
+
+        A metacopy already has what such a change needs. For it, the result has the number of blocks of its
+        data, plus 1, in the bits from 32 on.
+        """
         node = self._nodes.get(ino)
-        if node is None or node.upper is not None or ino & APART:
+        if node is None or ino & APART:
             return 0
         try:
-            below = node.below
-            in_image = isinstance(below, int) and type(self._fs.lowers[below & LAYER]) is SquashfsLayer
-            return int(node.upper or 0) if in_image and copy_up_small(self._fs, node) else 0
+            if node.upper is None:
+                below = node.below
+                if not isinstance(below, int) or type(self._fs.lowers[below & LAYER]) is not SquashfsLayer:
+                    return 0
+                if not copy_up_small(self._fs, node, in_place=in_place):
+                    return 0
+            elif not in_place or not _is_whole_metacopy(node) or node.protection != 0:
+                return 0
+            blocks = self._fs.stat(node).st_blocks + 1 if node.metacopy else 0
+            return blocks << 32 | int(node.upper or 0)
         except Exception:
             return 0
 
@@ -329,6 +347,13 @@ def _has_usual_times(attr: Attr) -> bool:
 def _is_simple(node: Node) -> bool:
     """Whether a node is no directory, and the store has all of it."""
     return node.upper is not None and node.children is None and not node.metacopy and node.copying is None
+
+
+def _is_whole_metacopy(node: Node) -> bool:
+    """Whether the store has a file with one name, and a lower all its data."""
+    if not node.metacopy or node.partial is not None or node.indexed is not None:
+        return False
+    return node.copying is None and not node.dead
 
 
 def _made(node: Node) -> Made:

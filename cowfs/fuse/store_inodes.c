@@ -82,12 +82,13 @@ static uint32_t find(fuse_ino_t ino, bool to_change)
 	return inode > UINT32_MAX ? 0 : (uint32_t)inode;
 }
 
-/* The same for a change; a small file of a lower is copied up for it. */
-static uint32_t find_to_change(fuse_ino_t ino)
+/* The same for a write; a small file of a lower is copied up for it. */
+static uint32_t find_to_write(fuse_ino_t ino)
 {
 	uint32_t inode = find(ino, true);
+	uint64_t blocks;
 
-	return inode ? inode : shortcut_copy_up(ino);
+	return inode ? inode : shortcut_copy_up(ino, false, &blocks);
 }
 
 /* Whether the last request is a change that Python must see; else it is noted. */
@@ -225,14 +226,19 @@ bool store_setattr(fuse_req_t req, fuse_ino_t ino, const struct stat *to, int wh
 		return set_size(req, ino, to->st_size);
 	struct x3_attr attr;
 	uint32_t what = store.find ? translate(to, which, &attr) : 0;
-	uint32_t inode = what && !*store.pressed ? find_to_change(ino) : 0;
+	uint32_t inode = what && !*store.pressed ? find(ino, true) : 0;
+	uint64_t blocks = 0; /* those of a metacopy's data, plus 1 */
 	int failure;
 
+	if (!inode && what && !*store.pressed)
+		inode = shortcut_copy_up(ino, true, &blocks);
 	if (!inode || is_observed())
 		return false;
 	Py_BEGIN_ALLOW_THREADS
 	failure = store.setattr(store.image, inode, what, &attr);
 	Py_END_ALLOW_THREADS
+	if (blocks)
+		attr.blocks = blocks - 1;
 	return !failure && reply_attr(req, ino, &attr);
 }
 
@@ -311,7 +317,7 @@ bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data,
 	if (!store.find || *store.pressed || fi->writepage || fi->flags & (O_SYNC | O_DSYNC) || data->count != 1 ||
 	    data->idx || data->off || from->flags & FUSE_BUF_IS_FD)
 		return false;
-	uint32_t inode = find_to_change(ino);
+	uint32_t inode = find_to_write(ino);
 	if (!inode || is_observed() || !write_simple(inode, from->mem, from->size, offset))
 		return false;
 	if (store.observed)

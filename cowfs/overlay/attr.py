@@ -54,7 +54,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
             raise os_error(errno.EISDIR, node.name)
         copy_up(fs, node, new.size)
     else:
-        copy_up_meta(fs, node)
+        copy_up_meta(fs, node, in_place=True)
     if node.metacopy:
         fs.stat(node)  # reads the lower, which may fail: so do it before any change
     key = node.upper

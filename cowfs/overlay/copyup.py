@@ -20,7 +20,7 @@ from cowfs.overlay.fs import OverlayFs, Steps
 from cowfs.overlay.install import install, place_of, set_upper, show_to_handles
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import copy_attributes, read_original
-from cowfs.overlay.whole import copy_directory, copy_whole
+from cowfs.overlay.whole import copy_directory, copy_inode, copy_whole, needs_data
 from cowfs.overlay.work import made_aside
 from cowfs.overlay.xattr_format import METACOPY, make_nlink, parse_count
 from cowfs.types import Attr
@@ -203,10 +203,11 @@ def begin_lazily(fs: OverlayFs, node: Node) -> bool:
     return True
 
 
-def copy_up_meta(fs: OverlayFs, node: Node) -> None:
+def copy_up_meta(fs: OverlayFs, node: Node, *, in_place: bool = False) -> None:
     """Make sure that *node* has an upper inode, whose attributes and names can be changed.
 
-    A large file becomes a metacopy: its data stays in the lower. A small file is copied whole.
+    A large file becomes a metacopy: its data stays in the lower. A small file is copied whole, unless it
+    keeps its names and xattrs (*in_place*).
     """
     if node.upper is not None:
         return
@@ -216,7 +217,7 @@ def copy_up_meta(fs: OverlayFs, node: Node) -> None:
         _copy_up_directory(fs, node)
         return
     attr = fs.stat(node)
-    whole = needs_data(fs, node, attr)
+    whole = needs_data(fs, node, attr, in_place=in_place)
     if not node.dead:
         _parents(fs, node)
     if whole:
@@ -224,17 +225,6 @@ def copy_up_meta(fs: OverlayFs, node: Node) -> None:
             _do(CopyUp(fs, node, attr, attr.st_size))
     else:
         _copy_up_inode(fs, node, attr)
-
-
-def needs_data(fs: OverlayFs, node: Node, attr: Attr) -> bool:
-    """Whether a change of an inode's attributes or names copies up its data, too."""
-    if not stat.S_ISREG(attr.st_mode):
-        return False
-    if not fs.options.metacopy or fs.in_module(node):
-        return True
-    nobody = fs.options.nobody
-    is_nobodys = nobody is not None and (attr.st_uid == nobody[0] or attr.st_gid == nobody[1])
-    return attr.st_size < (1 if is_nobodys or fs.data_waits(node) else fs.options.metacopy_from)
 
 
 def link_alias(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
@@ -341,6 +331,8 @@ def _make_directory(fs: OverlayFs, node: Node, attr: Attr) -> Key:
 def _copy_up_inode(fs: OverlayFs, node: Node, attr: Attr) -> None:
     """Copy up a symlink, a device, or a regular file without its data."""
     is_file = stat.S_ISREG(attr.st_mode)
+    if is_file and copy_inode(fs, node, attr):
+        return
     original = read_original(fs, node, attr)
     with made_aside(fs) as temporary:
         made = _make(fs, node, temporary, attr)

@@ -40,8 +40,9 @@ class OverlayOptions:
     metacopy: bool = True
     """Whether any file may be copied up without its data."""
     metacopy_from: int = 65536
-    """Files of at least this many bytes are copied up without their data when only attributes change; if
-    that may wait for others, all that have any."""
+    """Files of at least this many bytes are copied up without their data when they get an xattr or another
+    name; if copying may wait for others, all that have any. A change of owner, mode or times never copies
+    data: such a file keeps its place, where the lower's data belong."""
     nobody: tuple[int, int] | None = None
     """The user and the group that files show whose owner has no number in this user namespace, if some may.
     All files of theirs that have data are copied up without it, so that a renamed one keeps its redirect:

@@ -15,6 +15,7 @@ from cowfs.overlay import nlink as _nlink
 from cowfs.overlay import readdir as _readdir
 from cowfs.overlay import rename as _rename
 from cowfs.overlay import whiteout as _whiteout
+from cowfs.overlay import whole as _whole
 from cowfs.overlay import xattrs as _xattrs
 from cowfs.overlay.fs import OverlayFs
 
@@ -67,4 +68,4 @@ class Overlay(OverlayFs):
     copy_up_chain = _copyup.copy_up_chain
     copy_up_meta = _copyup.copy_up_meta
     prepare_copy_up = _copyup.prepare
-    needs_data = _copyup.needs_data
+    needs_data = _whole.needs_data

@@ -15,7 +15,7 @@ from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.install import place_of, set_upper
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import Original, Xattr, read_original
-from cowfs.overlay.xattr_format import IMPURE
+from cowfs.overlay.xattr_format import IMPURE, METACOPY
 from cowfs.types import Attr
 
 _ATTRIBUTES = 512
@@ -56,10 +56,29 @@ def copy_directory(fs: OverlayFs, node: Node, attr: Attr) -> Key | None:
     return upper.copy_in(parent.upper, name, attr, None, [*xattrs, (fs.format.impure, IMPURE)])
 
 
-def copy_up_small(fs: OverlayFs, node: Node) -> bool:
-    """Copy up a small file that one lower has, under one name, in a directory that the upper has.
+def copy_inode(fs: OverlayFs, node: Node, attr: Attr) -> bool:
+    """Copy up a regular file with the attributes *attr*, but not its data: make a metacopy.
 
-    Return False, with nothing changed, for any other; and if it needs more than :func:`copy_whole`.
+    Return False, with nothing changed, if that is not possible. All directories above must be in the upper.
+    """
+    upper = fs.upper
+    if node.dead or not takes_whole(upper):
+        return False
+    xattrs = _xattrs_of(fs, node, read_original(fs, node, attr))
+    if xattrs is None:
+        return False
+    parent, name = place_of(fs, node)
+    key = upper.copy_in(parent.upper, name, attr, None, [*xattrs, (fs.format.metacopy, METACOPY)])
+    node.metacopy = True
+    set_upper(fs, node, key)
+    return True
+
+
+def copy_up_small(fs: OverlayFs, node: Node, *, in_place: bool = False) -> bool:
+    """Copy up a small file that one lower has, under one name, in a directory that the upper has; with its
+    data, unless only its owner, mode or times are to change (*in_place*).
+
+    Return False, with nothing changed, for any other; and if it needs more than these steps.
     """
     parent = node.parent
     if (
@@ -73,8 +92,23 @@ def copy_up_small(fs: OverlayFs, node: Node) -> bool:
     ):
         return False
     attr = fs.stat(node)
-    size = attr.st_size
-    return attr.st_nlink == 1 and size < fs.options.metacopy_from and copy_whole(fs, node, attr, size)
+    if attr.st_nlink > 1:
+        return False
+    if in_place and not needs_data(fs, node, attr, in_place=True):
+        return copy_inode(fs, node, attr)
+    return attr.st_size < fs.options.metacopy_from and copy_whole(fs, node, attr, attr.st_size)
+
+
+def needs_data(fs: OverlayFs, node: Node, attr: Attr, *, in_place: bool = False) -> bool:
+    """Whether a change of an inode's attributes or names copies up its data, too; see copy_up_meta()."""
+    if not stat.S_ISREG(attr.st_mode):
+        return False
+    if not fs.options.metacopy or fs.in_module(node):
+        return True
+    nobody = fs.options.nobody
+    is_nobodys = nobody is not None and (attr.st_uid == nobody[0] or attr.st_gid == nobody[1])
+    any_data = in_place or is_nobodys or fs.data_waits(node)
+    return attr.st_size < (1 if any_data else fs.options.metacopy_from)
 
 
 def _xattrs_of(fs: OverlayFs, node: Node, original: Original) -> list[Xattr] | None:
