@@ -301,7 +301,7 @@ class Adapter(BeyondHandlers):
         elif node.copying is not None:
             await self._settled(node)
         else:
-            await self._with_data(node, ctx.uid)
+            await self._with_data(node, ctx.uid, in_place=True)
         now = self._fs.setattr(node, new)
         if new.size is not None and node.protection:
             await self._in_step(node, ctx.uid)

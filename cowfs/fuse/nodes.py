@@ -341,12 +341,15 @@ class NodeHandlers(Handlers):
                 return
             await self._settled(node)
 
-    async def _with_data(self, node: Node, uid: int) -> None:
-        """Copy up a file before a change of something other than its data, if that copies the data, too."""
+    async def _with_data(self, node: Node, uid: int, *, in_place: bool = False) -> None:
+        """Copy up a file before a change of something other than its data, if that copies the data, too.
+
+        *in_place*: only owner, mode or times change.
+        """
         fs = self._fs
-        if node.dead or (node.upper is not None and fs.options.metacopy):
+        if node.dead or (node.upper is not None and fs.options.metacopy and (in_place or not node.metacopy)):
             return
-        if not fs.options.metacopy or fs.needs_data(node, fs.stat(node)):
+        if not fs.options.metacopy or fs.needs_data(node, fs.stat(node), in_place=in_place):
             await self._bring_up(node, uid)
 
     async def _without_name(self, parent: Node, name: bytes, uid: int) -> None:

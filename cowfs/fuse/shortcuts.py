@@ -17,8 +17,9 @@ from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.overlay import protect
 from cowfs.overlay.dir import Owner, add_file, remove_file
-from cowfs.overlay.node import APART, LAYER, Node
+from cowfs.overlay.node import APART, Node
 from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.protect import protection
 from cowfs.overlay.readdir import Listing, plain_nodes
 from cowfs.overlay.whole import copy_up_small
 from cowfs.types import Attr
@@ -186,14 +187,10 @@ class Shortcuts:
     def read(self, ino: int, size: int, offset: int) -> bytes | None:
         """Return data of a small file of an image below. None: ask the handler."""
         node = self._nodes.get(ino)
-        if node is None or ino & APART or not (node.upper is None or _is_whole_metacopy(node)):
+        found = None if node is None or ino & APART else self._image_below(node)
+        if node is None or found is None:
             return None
-        if node.upper is None and not isinstance(node.below, int):
-            return None
-        number, key = node.lowers[-1]
-        layer = self._fs.lowers[number]
-        if type(layer) is not SquashfsLayer:  # what wraps one may wait
-            return None
+        layer, key = found
         try:
             data = layer.read_small(key, size, offset, self._is_quiet)
             if data is not None and node.upper is not None and not libfuse.request()[2] & os.O_NOATIME:
@@ -201,6 +198,18 @@ class Shortcuts:
             return data
         except Exception:
             return None
+
+    def _image_below(self, node: Node) -> tuple[SquashfsLayer, int] | None:
+        """Return the squashfs image that has all data of a lower file or of a metacopy, and the key there."""
+        if node.upper is None:
+            if not isinstance(node.below, int):
+                return None
+        elif not node.metacopy or node.partial is not None or node.indexed is not None or node.dead:
+            return None
+        number, key = node.lowers[-1]
+        layer = self._fs.lowers[number]
+        # What wraps such a layer may wait.
+        return (layer, key) if node.copying is None and type(layer) is SquashfsLayer else None
 
     def readlink(self, ino: int) -> bytes | None:
         """Return the target of a symbolic link. None: ask the handler."""
@@ -292,13 +301,12 @@ class Shortcuts:
         if node is None or ino & APART:
             return 0
         try:
+            if self._image_below(node) is None:
+                return 0
             if node.upper is None:
-                below = node.below
-                if not isinstance(below, int) or type(self._fs.lowers[below & LAYER]) is not SquashfsLayer:
-                    return 0
                 if not copy_up_small(self._fs, node, in_place=in_place):
                     return 0
-            elif not in_place or not _is_whole_metacopy(node) or node.protection != 0:
+            elif not in_place or protection(self._fs, node):
                 return 0
             blocks = self._fs.stat(node).st_blocks + 1 if node.metacopy else 0
             return blocks << 32 | int(node.upper or 0)
@@ -347,13 +355,6 @@ def _has_usual_times(attr: Attr) -> bool:
 def _is_simple(node: Node) -> bool:
     """Whether a node is no directory, and the store has all of it."""
     return node.upper is not None and node.children is None and not node.metacopy and node.copying is None
-
-
-def _is_whole_metacopy(node: Node) -> bool:
-    """Whether the store has a file with one name, and a lower all its data."""
-    if not node.metacopy or node.partial is not None or node.indexed is not None:
-        return False
-    return node.copying is None and not node.dead
 
 
 def _made(node: Node) -> Made:

@@ -16,13 +16,14 @@ from cowfs.layers.base import Key, together
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.overlay import protect, whiteout
 from cowfs.overlay import redirect as redirects
-from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias, note_nlink
+from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.dir import ROOT, Owner, leave_whiteout, name_removed, prepare_whiteout
 from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.lookup import lookup, lower_has, resolve
 from cowfs.overlay.nlink import names_of
 from cowfs.overlay.node import Node
 from cowfs.overlay.readdir import Seen, see
+from cowfs.overlay.whole import needs_data
 from cowfs.overlay.work import made_aside
 from cowfs.overlay.xattr_format import IMPURE, OPAQUE
 
@@ -149,6 +150,8 @@ def _bring_up(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
     """Make sure that the inode is in the upper under exactly this name."""
     fs.nodes.rename(node, parent, name)
     copy_up_meta(fs, node)
+    if node.metacopy and node.partial is None and needs_data(fs, node, fs.stat(node)):
+        copy_up(fs, node)  # it was small enough to be copied, but only its attributes had been changed
     link_alias(fs, node, parent, name)
 
 

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -497,7 +498,7 @@ def test_copy_in(upper: UpperLayer) -> None:
     upper.setxattr(folder, b"system.posix_acl_default", ACL)
     upper.utimens(folder, 10**9, 2 * 10**9)
     attr = AttrData(
-        stat.S_IFREG | 0o4751, 0, st_uid=70_000, st_gid=80_000, st_atime_ns=10**9, st_mtime_ns=-(10**9)
+        stat.S_IFREG | 0o4751, 0, 0, 1, 70_000, 80_000, 0, 5000, st_atime_ns=10**9, st_mtime_ns=-(10**9)
     )
     xattrs = [(b"user.a", b""), (b"trusted.b", bytes(100))]
     data = os.urandom(70_001)
@@ -513,6 +514,20 @@ def test_copy_in(upper: UpperLayer) -> None:
     file = upper.open(key, os.O_RDONLY)
     assert file.pread(len(data) + 1, 0) == data
     file.close()
+    hole = upper.copy_in(folder, b"hole", attr, None, xattrs)
+    inside = upper.copy_in(folder, b"inside", replace(attr, st_mode=stat.S_IFDIR | 0o1750), None, xattrs)
+    assert (upper.stat(hole).st_size, upper.stat(hole).st_mode) == (attr.st_size, attr.st_mode)
+    seen, above = upper.stat(inside), upper.stat(folder)
+    assert (seen.st_mode, seen.st_nlink, seen.st_uid, seen.st_mtime_ns) == (0o41750, 2, 70_000, -(10**9))
+    assert (above.st_nlink, above.st_mtime_ns) == (3, 2 * 10**9)
+    file = upper.open(hole, os.O_RDONLY)
+    assert (list(file.segments(attr.st_size)), file.pread(10, 0)) == ([], bytes(10))
+    file.close()
+    upper.mkdir(inside, b"more", 0o700, 1, 2)
+    assert [entry.name for entry in upper.readdir(inside)] == [b"more"]
+    upper.rmdir(inside, b"more", None)
+    upper.rmdir(folder, b"inside", inside)
+    upper.unlink(folder, b"hole", hole)
     with fails(errno.EEXIST):
         upper.copy_in(folder, b"name", attr, b"", [])
     with fails(errno.ENAMETOOLONG):

@@ -81,21 +81,27 @@ def create(load: Load) -> None:
 
 
 def copy(load: Load) -> None:
-    """Create a complete file in one step, as small files are copied up."""
+    """Create a complete file or directory in one step, as these are copied up."""
     if len(load.model.nodes) > load.files or not takes_whole(load.layer):
         raise Refused
     directory, name, owner = load.directory(), load.name(), load.owner()
-    mode = stat.S_IFREG | load.random.choice((0o644, 0o4755, 0o2710))
+    kind = load.random.choice((stat.S_IFREG, stat.S_IFREG, stat.S_IFDIR))
+    mode = kind | load.random.choice((0o644, 0o4755, 0o2710))
     size = load.random.choice((0, 1, load.model.block_size, 13 * load.model.block_size + 1, 20_000))
     data, xattrs = load.random.randbytes(min(size, load.largest)), {b"trusted.overlay.origin": b"#" * 29}
-    attr = AttrData(mode, 0, st_uid=owner[0], st_gid=owner[1], st_atime_ns=T0, st_mtime_ns=T0 + 10**9)
+    is_hole = kind == stat.S_IFDIR or not load.random.randrange(3)
+    attr = AttrData(mode, 0, 0, 1, *owner, 0, len(data), st_atime_ns=T0, st_mtime_ns=T0 + 10**9)
     load.begin()
-    key = load.layer.copy_in(load.key(directory), name, attr, data, list(xattrs.items()))
+    given = None if is_hole else data
+    key = load.layer.copy_in(load.key(directory), name, attr, given, list(xattrs.items()))
     found = load.layer.stat(key)
     assert (found.st_atime_ns, found.st_mtime_ns) == (T0, T0 + 10**9)
     ino = new_node(load, directory, name, key, mode, owner)
     load.model.set(ino, xattrs=xattrs)
-    load.model.write(ino, 0, data)
+    if not is_hole:
+        load.model.write(ino, 0, data)
+    elif kind == stat.S_IFREG:
+        load.model.truncate(ino, len(data))
 
 
 def mkdir(load: Load) -> None:
