@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from cowfs.cli.log_limit import Limit
 from cowfs.errors import SystemFailure, printable
 from cowfs.linux import helper_process
+from cowfs.linux.signals import start
 from cowfs.linux.sockets import SYSLOG
 from cowfs.linux.trust import who_can_redirect, who_can_substitute
 
@@ -116,26 +118,36 @@ class Log(NamedTuple):
         }
 
     def explain_when_asked(self, tasks: Callable[[], Iterable[str]]) -> None:
-        """On SIGUSR1 or a fatal signal, log what each thread and each of *tasks* is doing.
+        """On SIGUSR1, log what each thread and each of *tasks* is doing; on a fatal signal, the threads.
 
-        The main thread writes this. Even if it hangs, a log file gets the threads (faulthandler).
+        A thread of its own writes this, so that it works even if the main thread hangs. (The signal handler
+        of faulthandler must not: it reads the stacks while other threads change them, and may crash.) Call
+        this before starting the threads that serve.
         """
+        if self.fd >= 0:
+            faulthandler.enable(self.fd)
         asked = logging.getLogger("cowfs.debug.signal")
         asked.setLevel(logging.DEBUG)
 
-        def explain(*_: object) -> None:
-            if self.fd < 0:
-                for ident, frame in sys._current_frames().items():
-                    asked.debug("thread %#x:", ident)
-                    for entry in traceback.extract_stack(frame, limit=_DEEPEST):
-                        asked.debug("  %s:%s in %s", entry.filename, entry.lineno, entry.name)
+        def explain() -> None:
+            for ident, frame in sys._current_frames().items():
+                asked.debug("thread %#x:", ident)
+                for entry in traceback.extract_stack(frame, limit=_DEEPEST):
+                    asked.debug("  %s:%s in %s", entry.filename, entry.lineno, entry.name)
             for line in tasks():
                 asked.debug("%s", line)
 
-        signal.signal(signal.SIGUSR1, explain)
-        if self.fd >= 0:
-            faulthandler.enable(self.fd)
-            faulthandler.register(signal.SIGUSR1, self.fd, chain=True)
+        def watch() -> None:
+            while True:
+                signal.sigwait({signal.SIGUSR1})
+                try:
+                    explain()
+                except Exception:  # a task ended meanwhile
+                    asked.debug("not all can be shown", exc_info=True)
+
+        signal.signal(signal.SIGUSR1, lambda *_: None)  # in a thread that does not block it, it ends nothing
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        start(threading.Thread(target=watch, name="report", daemon=True))
 
 
 def set_up_log(path: str | None, *, foreground: bool) -> Log:

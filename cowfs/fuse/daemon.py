@@ -29,6 +29,7 @@ from cowfs.fuse.owners import OwnerMap
 from cowfs.fuse.quotas import bounds
 from cowfs.fuse.reclaim import MemoryReclaimer
 from cowfs.fuse.rings import Rings, why_not
+from cowfs.fuse.tasks import note_root
 from cowfs.linux import fuse, helper_process, programs
 from cowfs.linux.files import syncfs
 from cowfs.linux.mount_table import mount_of
@@ -263,6 +264,7 @@ class Daemon:
         look: Callable[[], None] | None,
         also: Sequence[Task],
     ) -> None:
+        note_root()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             if self.dev and self._control >= 0:

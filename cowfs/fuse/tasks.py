@@ -6,17 +6,22 @@ from collections.abc import Iterator
 
 import trio
 
+_roots: list[trio.lowlevel.Task] = []
+
+
+def note_root() -> None:
+    """Note that this is trio's thread."""
+    root = trio.lowlevel.current_root_task()
+    _roots[:] = [] if root is None else [root]
+
 
 def describe_tasks() -> Iterator[str]:
     """Yield lines: the name of each task, then where it waits, innermost call last.
 
-    Call it from trio's thread. Yields nothing if trio does not run.
+    Any thread may call it; it raises an exception if a task changes meanwhile. Yields nothing before
+    :func:`note_root`.
     """
-    try:
-        root = trio.lowlevel.current_root_task()
-    except RuntimeError:
-        return
-    waiting = [root] if root is not None else []
+    waiting = list(_roots)
     while waiting:
         task = waiting.pop()
         yield f"task {task.name}:"

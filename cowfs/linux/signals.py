@@ -51,12 +51,16 @@ def held_back() -> Iterator[None]:
 
 
 def start(thread: threading.Thread) -> None:
-    """Start a thread that never gets a signal that asks to end, even if the others block it later.
+    """Start a thread that never gets a signal that asks to end or to report, even if the others block it
+    later.
 
     RuntimeError if there can be no more threads.
     """
-    with held_back():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_END | {signal.SIGUSR1})
+    try:
         thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def raise_keyboard_interrupts() -> None:

@@ -86,7 +86,8 @@ def copy(load: Load) -> None:
         raise Refused
     directory, name, owner = load.directory(), load.name(), load.owner()
     kind = load.random.choice((stat.S_IFREG, stat.S_IFREG, stat.S_IFDIR))
-    mode = kind | load.random.choice((0o644, 0o4755, 0o2710))
+    # Nothing inherits the group of a directory in the model.
+    mode = kind | load.random.choice((0o755, 0o1700) if kind == stat.S_IFDIR else (0o644, 0o4755, 0o2710))
     size = load.random.choice((0, 1, load.model.block_size, 13 * load.model.block_size + 1, 20_000))
     data, xattrs = load.random.randbytes(min(size, load.largest)), {b"trusted.overlay.origin": b"#" * 29}
     is_hole = kind == stat.S_IFDIR or not load.random.randrange(3)

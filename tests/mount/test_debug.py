@@ -85,8 +85,19 @@ def test_sigusr1_tells_what_it_is_doing(lower: Path, tmp_path: Path) -> None:
         os.kill(here.pid(), signal.SIGUSR1)
         eventually(lambda: "_serve_control" in log.read_text(), "the log lists the tasks")
         told = log.read_text()
-        assert "Thread 0x" in told and "daemon.py" in told
+        assert "thread 0x" in told and "daemon.py" in told
         work(here.path)
+
+
+def test_sigusr1_ends_no_mount(lower: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with mounted(lower, tmp_path / "mnt", tmp_path / "store", log=log, quiet=False) as here:
+        pid = here.pid()
+        for number in range(300):
+            os.kill(pid, signal.SIGUSR1)
+            (here.path / f"new-{number % 20}").write_bytes(b"x" * 10_000)
+        assert here.pid() == pid
+    assert "Fatal" not in log.read_text()
 
 
 BROKEN = """

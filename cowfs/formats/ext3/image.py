@@ -66,8 +66,8 @@ class Image(Opened):
         self._directories = Directories(self._list, self._large)
 
     def resume(self, fd: int = -1) -> None:
+        self._directories.clear()  # they may have changed, even if what follows fails
         super().resume(fd)
-        self._directories.clear()
 
     def shrink(self) -> None:
         """Free the caches. Counts as a method about names."""

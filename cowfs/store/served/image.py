@@ -157,6 +157,10 @@ def _why_not(path: str, error: OSError, *, read_only: bool) -> tuple[str, str]:
     if error.errno == errno.EROFS:
         return f"{path}: is on read-only media", "copy it to a writable disk"
     if error.errno in {errno.EACCES, errno.EPERM}:
+        with suppress(OSError):  # fs.protected_symlinks of sysctl(8) forbids it to root, too
+            reason = trust.who_can_redirect(path)
+            if reason is not None:
+                return f"{path}: {reason}", "give the file itself"
         if read_only:
             return f"{path}: no permission to read it", "run this as the owner of the store"
         return (
