@@ -159,8 +159,7 @@ class BeyondHandlers(FileHandlers):
         node, target_node = self._node(asked.ino), self._node(target_ino)
         target = await self._writing(target_fh, target_node, asked, whole=False)
         source = self._reading(source_fh or asked.ino | libfuse.UNOPENED)
-        if self._notes_reads:
-            self._fs.was_read(node)
+        self._note_read(node)
         data = self._little(source, source_at, length)
         if data is not None and not target.is_synchronous:
             if not self._fs.is_long_to_write(target, len(data), at):

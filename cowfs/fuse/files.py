@@ -64,7 +64,8 @@ class FileHandlers(NodeHandlers):
         fs.host.is_still = lambda: not self._changing
         self._changing = 0
         """How many threads change the data of files."""
-        self._notes_reads = fs.upper.atime.files and not fs.upper.has_descriptors  # else the kernel does
+        self._notes_reads = fs.upper.atime.files
+        self._kernel_notes = fs.upper.has_descriptors
         libfuse.prepare(
             self._seek,
             knows_files=self.may_open_nothing() and not sees_all,
@@ -176,11 +177,16 @@ class FileHandlers(NodeHandlers):
         """Return the user for whom a file is read or written. Call it before awaiting anything."""
         return libfuse.request()[1] if fh & libfuse.UNOPENED else self._files.opener(fh)
 
+    def _note_read(self, node: Node) -> None:
+        """Update the access time of a file, unless the kernel does, which knows where the data of most is."""
+        if self._notes_reads and (not self._kernel_notes or node.metacopy):
+            self._fs.was_read(node)
+
     @async_
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._reading(fh)
-        if self._notes_reads and not libfuse.request()[2] & os.O_NOATIME:
-            self._fs.was_read(handle.node)
+        if not libfuse.request()[2] & os.O_NOATIME:
+            self._note_read(handle.node)
         file = handle.file
         data = self._read_at_once(file, size, off)
         if data is not None:
@@ -313,18 +319,17 @@ class FileHandlers(NodeHandlers):
         if inode and await self._loop.apart(lambda: libfuse.sync_quickly(inode, datasync=datasync)):
             return
         uid = self._user(fh)
-        if fh & libfuse.UNOPENED:
-            node = self._node(fh ^ libfuse.UNOPENED)
-            stored = self._fs.stored(node)
-            if stored is not None:
-                async with self._threads.turn(self._threads.syncs, uid):
-                    with closing(self._fs.union_of(node).upper.open(stored, os.O_RDONLY)) as file:
-                        await self._synced(file, datasync)
+        node = self._node(ino)
+        stored = self._fs.stored(node)
+        if stored is None:
             return
-        handle = self._files[fh]
-        if self._fs.stored(handle.node) is not None:
-            async with self._threads.turn(self._threads.syncs, uid):
-                with at_hand(handle.file) as file:
+        async with self._threads.turn(self._threads.syncs, uid):
+            # What is open of a metacopy is the file of the lower.
+            if fh & libfuse.UNOPENED or (node.metacopy and node.partial is None):
+                with closing(self._fs.union_of(node).upper.open(stored, os.O_RDONLY)) as file:
+                    await self._synced(file, datasync)
+            else:
+                with at_hand(self._files[fh].file) as file:
                     await self._synced(file, datasync)
 
     async def _synced(self, file: File, datasync: bool) -> None:

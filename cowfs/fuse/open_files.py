@@ -93,7 +93,8 @@ class OpenFiles:
         return handle
 
     def _use(self, number: int, file: File, uid: int) -> None:
-        if file.fileno() >= 0 and self._reads_itself:
+        # Reads of a metacopy change the access time of another file than the one with its data.
+        if file.fileno() >= 0 and self._reads_itself and not self._handles[number].node.metacopy:
             libfuse.read_from(number, file.fileno())
         fd = _descriptor_of(file)
         if fd < 0:

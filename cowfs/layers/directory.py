@@ -419,10 +419,19 @@ class DirectoryLayer(Descriptors):
                 mounts.note_reads(self.root.fd, when)
 
     def was_read(self, key: PathKey) -> None:
-        """Read a directory again so that its atime can change; the kernel noted all other reads itself."""
-        if key.mark & 15 == DIRECTORY:
-            with suppress(OSError):
+        """Read a directory, or the first byte of a file, so that its atime can change.
+
+        The kernel notes all reads through this layer itself: this is for others.
+        """
+        with suppress(OSError):
+            if key.mark & 15 == DIRECTORY:
                 beneath.note_listing(self._dir_fd(key))
+                return
+            fd = self._open_file(key, os.O_RDONLY)
+            try:
+                os.read(fd, 1)
+            finally:
+                os.close(fd)
 
     def truncate(self, key: PathKey, size: int) -> None:
         fd = self._insist(lambda: self._open_file(key, os.O_WRONLY), key)

@@ -66,7 +66,6 @@ _CALLS = """
 import os, sys, threading
 calls = (
     lambda path: os.close(os.open(path, os.O_RDWR)),
-    lambda path: os.chmod(path, 0o640),
     lambda path: os.setxattr(path, "user.x", b"y"),
     lambda path: os.rename(path, path + "-moved"),
     lambda path: os.link(path, path + "-linked"),
