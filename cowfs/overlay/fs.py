@@ -271,6 +271,15 @@ class OverlayFs:
             self._taken[number] = inode
         return number
 
+    def strangers(self, attr: Attr) -> Iterator[Node]:
+        """Yield the live nodes that have a number of :meth:`strange_ino` since another inode had theirs, and
+        that may be the inode with these attributes."""
+        for layer in (-1, -2):
+            number = self._strange.get((layer, attr.st_dev, attr.st_ino))
+            node = None if number is None else self.nodes.get(number)
+            if node is not None and not node.dead:
+                yield node
+
     def generation_of(self, ino: int, attr: Attr) -> int:
         """Return the generation, which tells a new node from earlier ones with the same number."""
         return self.generation_from(ino, attr.st_gen if isinstance(attr, AttrData) else None)

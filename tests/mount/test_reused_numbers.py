@@ -27,21 +27,35 @@ def test_names_of_a_hard_link_stay_together(tmp_path: Path) -> None:
 def look(lower: Path, store: Path, mnt: Path) -> None:
     lower.mkdir()
     with mounted(lower, mnt, store) as here:
-        script("echo 1 >f; ln f g", here.path)
-        number = (here.path / "f").stat().st_ino
+        script("echo 1 >f; ln f g; echo 2 >h; ln h i", here.path)
+        numbers = [(here.path / name).stat().st_ino for name in "fh"]
         cowfs("checkpoint", here.path, "one", check=True)
-        (here.path / "f").chmod(0o600)
+        for name in "fh":
+            (here.path / name).chmod(0o600)
         cowfs("checkpoint", here.path, "two", check=True)
     cowfs("checkpoint", store, "--delete", "one", check=True)
-    found: list[str] = []
+    found: dict[int, str] = {}
     for attempt in range(5):
-        if not found:
+        if len(found) < 2:
             with mounted(lower, mnt, store) as here:
                 for count in range(60):
                     (here.path / f"{attempt}-{count}").touch()
-            found = [one.name for one in (store / "upper").iterdir() if one.lstat().st_ino == number]
+            inodes = {one.lstat().st_ino: one.name for one in (store / "upper").iterdir()}
+            found = {number: inodes[number] for number in numbers if number in inodes}
     with mounted(lower, mnt, store) as here:
-        assert (here.path / found[0]).stat().st_ino == number
+        assert (here.path / found[numbers[0]]).stat().st_ino == numbers[0]
         (here.path / "f").chmod(0o644)
-        one, other = (here.path / "f").stat(), (here.path / "g").stat()
-        assert (one.st_ino, one.st_mode, one.st_nlink) == (other.st_ino, other.st_mode, 2)
+        assert_one(here.path / "f", here.path / "g")
+        # The number is free again when the second name is looked up.
+        assert (here.path / found[numbers[1]]).stat().st_ino == numbers[1]
+        assert (here.path / "h").stat().st_ino != numbers[1]
+        (here.path / found[numbers[1]]).unlink()
+        (here.path / "i").chmod(0o644)
+        assert_one(here.path / "h", here.path / "i")
+        (here.path / "h").chmod(0o640)
+        assert_one(here.path / "h", here.path / "i")
+
+
+def assert_one(*paths: Path) -> None:
+    one, other = (path.stat() for path in paths)
+    assert (one.st_ino, one.st_mode, one.st_nlink) == (other.st_ino, other.st_mode, 2)
