@@ -182,6 +182,8 @@ class OverlayFs:
         """Whether an inode's number and generation identify it permanently (file handles)."""
         self._incarnations = count(1)
         self._strange: dict[tuple[int, int, int], int] = {}
+        self.displaced: dict[int, set[int]] = {}
+        """By number: the numbers of nodes that should have it, but another inode had it."""
         self._taken: dict[int, tuple[int, int, int]] = {}
 
     def lay(
@@ -271,14 +273,14 @@ class OverlayFs:
             self._taken[number] = inode
         return number
 
-    def strangers(self, attr: Attr) -> Iterator[Node]:
-        """Yield the live nodes that have a number of :meth:`strange_ino` since another inode had theirs, and
-        that may be the inode with these attributes."""
-        for layer in (-1, -2):
-            number = self._strange.get((layer, attr.st_dev, attr.st_ino))
-            node = None if number is None else self.nodes.get(number)
-            if node is not None and not node.dead:
-                yield node
+    def displaced_from(self, ino: int) -> list[Node]:
+        """Return the live nodes that have another number since this one, theirs, was another's."""
+        if ino not in self.displaced:
+            return []
+        nodes = [node for number in self.displaced[ino] if (node := self.nodes.get(number)) is not None]
+        if not nodes:
+            del self.displaced[ino]
+        return nodes
 
     def generation_of(self, ino: int, attr: Attr) -> int:
         """Return the generation, which tells a new node from earlier ones with the same number."""

@@ -142,11 +142,8 @@ def _from_lower(fs: OverlayFs, parent: Node, name: bytes, found: list[Hit]) -> t
         if index is not None:
             if stat.S_IFMT(index[1].st_mode) != stat.S_IFMT(attr.st_mode):
                 raise os_error(errno.EIO, name)  # a forged index (ovl_lookup_index)
-            for known in fs.strangers(attr):
-                if known.upper is not None and _is_itself(fs, known, index[1]):
-                    return _another_name(fs, known, parent, name, index[0], (), index[1])
             return _from_upper(fs, parent, name, *index, attr.st_nlink)
-    is_new = fs.nodes.get(ino) is None and _stranger(fs, attr) is None
+    is_new = fs.nodes.get(ino) is None and ino not in fs.displaced
     if len(found) == 1 and not stat.S_ISDIR(attr.st_mode) and is_new:
         number = in_number(layer, key)
         if number is not None:
@@ -244,9 +241,7 @@ def _enter(
     attr: Attr,
 ) -> tuple[Node, Attr]:
     """Return the node for the inode that was found: a known one if it is another name of that inode."""
-    stranger = _stranger(fs, attr)
-    if stranger is not None:
-        return _another_name(fs, stranger, parent, name, upper, lowers, attr)
+    wanted = ino
     known = fs.nodes.get(ino)
     if known is not None and known in fs.covered:  # it keeps its number as long as it is in use
         ino = fs.strange_ino(-3, attr.st_dev, attr.st_ino)
@@ -254,9 +249,11 @@ def _enter(
     if known is not None and known.dead and upper is not None and _is_back(known, attr):
         known.dead = False
         return _another_name(fs, known, parent, name, upper, lowers, attr)
+    # Of those displaced, another inode had the number when another name was looked up.
+    for other in (known, *fs.displaced_from(wanted)):
+        if other is not None and not other.dead and _same(fs, other, upper, lowers, attr):
+            return _another_name(fs, other, parent, name, upper, lowers, attr)
     if known is not None and not known.dead:
-        if _same(fs, known, upper, lowers, attr):
-            return _another_name(fs, known, parent, name, upper, lowers, attr)
         # Two uppers of one origin: hard links that an overlay without an index broke.
         ino = (
             fs.ino_of(0, fs.upper.dev, attr)
@@ -272,6 +269,8 @@ def _enter(
             known = fs.nodes.get(ino)
             if known is not None and not known.dead:
                 return _another_name(fs, known, parent, name, upper, lowers, attr)
+    if ino != wanted:
+        fs.displaced.setdefault(wanted, set()).add(ino)
     node = Node(ino, attr.st_mode, parent, name, upper, lowers, fs.generation_of(ino, attr))
     fs.nodes.add(node)
     return node, attr
@@ -308,16 +307,6 @@ def _same(fs: OverlayFs, known: Node, upper: Key | None, lowers: tuple[Place, ..
         handle = fs.lowers[layer].handle(key) if attr.st_nlink > 1 else None
         return attr.st_nlink > 1 and (handle is None or fs.came_from(known.upper, handle.place))
     return fs.upper.stat(known.upper).st_ino == attr.st_ino
-
-
-def _stranger(fs: OverlayFs, attr: Attr) -> Node | None:
-    """Return the node of a hard link that has not its own number.
-
-    Another inode had that when another name was looked up, and may be forgotten by now.
-    """
-    if attr.st_nlink < 2 or stat.S_ISDIR(attr.st_mode):
-        return None
-    return next((known for known in fs.strangers(attr) if _is_itself(fs, known, attr)), None)
 
 
 def _is_itself(fs: OverlayFs, known: Node, attr: Attr) -> bool:
