@@ -46,14 +46,7 @@ def copy_directory(fs: OverlayFs, node: Node, attr: Attr) -> Key | None:
 
     Return None, with nothing changed, if that is not possible. All directories above must be in the upper.
     """
-    upper = fs.upper
-    if node.dead or not takes_whole(upper):
-        return None
-    xattrs = _xattrs_of(fs, node, read_original(fs, node, attr))
-    if xattrs is None:
-        return None
-    parent, name = place_of(fs, node)
-    return upper.copy_in(parent.upper, name, attr, None, [*xattrs, (fs.format.impure, IMPURE)])
+    return _copy_without_data(fs, node, attr, (fs.format.impure, IMPURE))
 
 
 def copy_inode(fs: OverlayFs, node: Node, attr: Attr) -> bool:
@@ -61,17 +54,23 @@ def copy_inode(fs: OverlayFs, node: Node, attr: Attr) -> bool:
 
     Return False, with nothing changed, if that is not possible. All directories above must be in the upper.
     """
-    upper = fs.upper
-    if node.dead or not takes_whole(upper):
+    key = _copy_without_data(fs, node, attr, (fs.format.metacopy, METACOPY))
+    if key is None:
         return False
-    xattrs = _xattrs_of(fs, node, read_original(fs, node, attr))
-    if xattrs is None:
-        return False
-    parent, name = place_of(fs, node)
-    key = upper.copy_in(parent.upper, name, attr, None, [*xattrs, (fs.format.metacopy, METACOPY)])
     node.metacopy = True
     set_upper(fs, node, key)
     return True
+
+
+def _copy_without_data(fs: OverlayFs, node: Node, attr: Attr, note: Xattr) -> Key | None:
+    upper = fs.upper
+    if node.dead or not takes_whole(upper):
+        return None
+    xattrs = _xattrs_of(fs, node, read_original(fs, node, attr))
+    if xattrs is None:
+        return None
+    parent, name = place_of(fs, node)
+    return upper.copy_in(parent.upper, name, attr, None, [*xattrs, note])
 
 
 def copy_up_small(fs: OverlayFs, node: Node, *, in_place: bool = False) -> bool:
